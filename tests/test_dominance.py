@@ -1,0 +1,216 @@
+import csv, json, math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mbd.dominance import DominanceMap, class_share, fit_temperature, groups, measure, share, share_interval, simulate_streams
+
+
+def calibrated(sim):
+    return sim.local / fit_temperature(sim.local, sim.labels), sim.global_ / fit_temperature(sim.global_, sim.labels)
+
+
+@pytest.fixture(scope="module")
+def sim():
+    return simulate_streams()
+
+
+@pytest.fixture(scope="module")
+def dominance(sim):
+    return measure(*calibrated(sim), sim.labels, sim.sources, sim.classes)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_temperature_finds_the_scale_of_logits_whose_labels_are_drawn_from_them(scale):
+    draw = torch.Generator().manual_seed(0)
+    z = 2 * torch.randn(20000, 6, generator=draw)
+    y = torch.multinomial(z.softmax(1), 1, generator=draw).squeeze(1)
+    assert fit_temperature(scale * z, y) == pytest.approx(scale, rel=0.03)
+
+
+def test_temperature_is_the_minimum_of_the_nll_on_many_videos(sim):
+    big = simulate_streams(videos=40, sources=10)
+    T = fit_temperature(big.local, big.labels)
+    at = lambda t: F.cross_entropy(big.local.double() / t, big.labels).item()
+    assert at(T) < at(T * 1.1) and at(T) < at(T / 1.1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 12])
+def test_temperature_stays_bounded_when_all_videos_are_right_or_all_wrong(n):
+    y = torch.arange(n) % 4
+    right = 3 * F.one_hot(y, 4).float()
+    assert 0.05 < fit_temperature(right, y) < 5
+    assert fit_temperature(right, (y + 1) % 4) == pytest.approx(20, rel=1e-3)
+    assert fit_temperature(torch.zeros(n, 4), y) == 1.0
+
+
+@pytest.mark.parametrize("logits, labels, message", [
+    (torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), torch.tensor([0, 1]), "row 1"),
+    (torch.zeros(2, 3), torch.tensor([0, 3]), "0..2"),
+    (torch.zeros(2, 3), torch.tensor([-1, 0]), "0..2"),
+    (torch.zeros(0, 3), torch.tensor([], dtype=torch.long), "no videos"),
+    (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "integers"),
+    (torch.zeros(2, 3), torch.tensor([0]), "shape"),
+    (torch.zeros(3), torch.tensor([0]), "shape"),
+])
+def test_temperature_refuses_what_it_cannot_fit(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        fit_temperature(logits, labels)
+
+
+def test_share_is_the_ratio_of_probabilities_and_survives_tiny_ones():
+    p, q = torch.tensor([0.9, 0.5, 0.01]), torch.tensor([0.3, 0.5, 0.99])
+    assert torch.allclose(share(p.log(), q.log()), p / (p + q))
+    assert share(torch.tensor([-500.0]), torch.tensor([-501.0])).item() == pytest.approx(1 / (1 + math.exp(-1)))
+    assert torch.allclose(share(p.log(), q.log()) + share(q.log(), p.log()), torch.ones(3))
+
+
+def test_share_refuses_probabilities_infinities_and_other_shapes():
+    with pytest.raises(ValueError, match="at most 0"): share(torch.tensor([0.5]), torch.tensor([-0.5]))
+    with pytest.raises(ValueError, match="log_p_global"): share(torch.tensor([-0.5]), torch.tensor([-math.inf]))
+    with pytest.raises(ValueError, match="shapes"): share(torch.zeros(2), torch.zeros(3))
+
+
+def test_class_share_is_the_weighted_mean_and_shrinks_to_the_reference():
+    s, m, y = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1])
+    free, mass, reference = class_share(s, m, y, 3, prior=0)
+    assert torch.allclose(free, torch.tensor([0.6, 0.2, reference])) and mass.tolist() == [4, 2, 0]
+    assert reference == pytest.approx((0.9 + 1.5 + 0.4) / 6)
+    shrunk, _, _ = class_share(s, m, y, 3, prior=4)
+    assert shrunk[0].item() == pytest.approx((2.4 + 4 * reference) / 8) and shrunk[2].item() == pytest.approx(reference)
+
+
+def test_map_finds_the_classes_as_they_were_built(dominance):
+    assert dominance.group == ["local"] * 4 + ["global"] * 4
+    assert dominance.group_codes.tolist() == [1] * 4 + [-1] * 4
+    assert ((dominance.low < dominance.share) & (dominance.share < dominance.high)).all()
+    assert dominance.n.tolist() == [40] * 8 and dominance.num_sources.tolist() == [5] * 8
+    assert 0.4 < dominance.reference < 0.6
+
+
+def test_swapping_the_streams_mirrors_the_map(sim, dominance):
+    l, g = calibrated(sim)
+    mirrored = measure(g, l, sim.labels, sim.sources, sim.classes)
+    assert torch.allclose(mirrored.share, 1 - dominance.share) and mirrored.reference == pytest.approx(1 - dominance.reference)
+    assert mirrored.group == ["global"] * 4 + ["local"] * 4
+
+
+def test_equal_streams_have_no_dominant_class(sim):
+    same = measure(sim.local, sim.local, sim.labels, sim.sources, sim.classes)
+    assert same.group == ["balanced"] * 8 and torch.allclose(same.share, torch.full((8,), 0.5, dtype=torch.float64))
+
+
+def test_a_stronger_stream_does_not_own_every_class():
+    sim = simulate_streams(seed=1)
+    sim.local += 8 * F.one_hot(sim.labels, 8)
+    m = measure(*calibrated(sim), sim.labels, sim.sources, sim.classes)
+    assert m.reference > 0.55 and m.group.count("local") == 4 and m.group.count("global") >= 2
+
+
+def test_measuring_on_training_videos_loses_the_local_classes(sim):
+    l, g = fit_temperature(sim.local, sim.labels), fit_temperature(sim.global_, sim.labels)
+    seen = simulate_streams(memory=(1.0, 3.0))
+    absolute = measure(seen.local / l, seen.global_ / g, seen.labels, seen.sources, seen.classes).share
+    assert (absolute < 0.55).all()
+
+
+def test_videos_both_streams_fail_hardly_count():
+    z_right, z_lost = torch.tensor([[0.0, 3.0]]), torch.tensor([[12.0, 0.0]])      # p(class 1): 0.95, and about 6e-6
+    y = torch.tensor([1] * 6 + [0] * 6)
+    local = torch.cat([z_right.repeat(5, 1), z_lost, torch.zeros(6, 2)])
+    global_ = torch.cat([z_right.repeat(5, 1), z_lost + torch.tensor([[3.0, 0.0]]), torch.zeros(6, 2)])
+    m = measure(local, global_, y, [str(i) for i in range(12)], ["a", "b"])
+    assert m.share[1].item() == pytest.approx(0.5, abs=1e-4)
+
+
+def test_class_without_videos_and_class_of_one_source(sim):
+    l, g = calibrated(sim)
+    keep = [i for i in range(320) if not 280 <= i and not 128 <= i < 160]          # none of class 7, one source (8 videos) of class 3
+    m = measure(l[keep], g[keep], sim.labels[keep], [sim.sources[i] for i in keep], sim.classes)
+    assert m.n[7] == 0 and m.share[7] == m.reference and (m.low[7], m.high[7]) == (0, 1) and m.group[7] == "balanced"
+    assert m.num_sources[3] == 1 and m.high[3] - m.low[3] > 1.2 * (m.high[:3] - m.low[:3]).max()
+    assert m.group[:3] == ["local"] * 3
+
+
+def test_no_class_with_two_sources_means_nothing_is_known(sim):
+    l, g = calibrated(sim)
+    m = measure(l, g, sim.labels, [sim.classes[y] for y in sim.labels], sim.classes)
+    assert m.group == ["balanced"] * 8 and (m.low == 0).all() and (m.high == 1).all()
+
+
+def test_more_videos_of_the_same_source_are_not_more_evidence(sim):
+    l, g = calibrated(sim)
+    width = lambda sources: (lambda m: (m.high - m.low).mean().item())(measure(l, g, sim.labels, sources, sim.classes))
+    assert width(sim.sources) > 1.3 * width([str(i) for i in range(320)])
+
+
+def test_intervals_keep_their_promise_with_three_sources():
+    draw, wrong, y = torch.Generator().manual_seed(3), 0, torch.arange(8).repeat_interleave(12)
+    for t in range(50):
+        s = (0.5 * torch.randn(24, generator=draw).repeat_interleave(4) + 0.5 * torch.randn(96, generator=draw)).sigmoid()
+        low, high, count = share_interval(s, torch.ones(96), y, [f"{i // 4}" for i in range(96)], 8, resamples=200, seed=t)
+        reference = class_share(s, torch.ones(96), y, 8)[2]
+        wrong += ((low > reference) | (high < reference)).sum().item()
+    assert count.tolist() == [3] * 8 and 0.005 < wrong / 400 < 0.09
+
+
+def test_intervals_of_many_sources_come_from_the_class_itself():
+    y, names = torch.arange(2).repeat_interleave(40), [str(i) for i in range(80)]
+    s = torch.cat([torch.full((40,), 0.5), torch.linspace(0.1, 0.9, 40)])
+    low, high, _ = share_interval(s, torch.ones(80), y, names, 2)
+    assert high[0] - low[0] < 1e-6 and 0.1 < high[1] - low[1] < 0.2
+
+
+def test_prior_narrows_intervals_by_its_root_so_that_weak_evidence_is_held_back():
+    y, names = torch.arange(2).repeat_interleave(20), [str(i) for i in range(40)]
+    s = torch.linspace(0.2, 0.8, 40)
+    width = {prior: (lambda r: r[1] - r[0])(share_interval(s, torch.ones(40), y, names, 2, prior)) for prior in (1e-9, 20.0)}
+    assert torch.allclose(width[20.0] / width[1e-9], torch.full((2,), 0.5 ** 0.5), rtol=1e-4)
+
+
+def test_same_seed_same_map_and_shuffling_the_videos_changes_no_share(sim, dominance):
+    l, g = calibrated(sim)
+    assert measure(l, g, sim.labels, sim.sources, sim.classes).to_dict() == dominance.to_dict()
+    order = torch.randperm(320, generator=torch.Generator().manual_seed(0))
+    shuffled = measure(l[order], g[order], sim.labels[order], [sim.sources[i] for i in order], sim.classes)
+    assert torch.allclose(shuffled.share, dominance.share) and torch.allclose(shuffled.low, dominance.low, atol=1e-9)
+
+
+def test_groups_need_the_interval_to_exclude_the_reference():
+    assert groups(torch.tensor([0.41, 0.39, 0.1]), torch.tensor([0.9, 0.9, 0.39]), 0.4) == ["local", "balanced", "global"]
+
+
+def test_csv_and_json_bring_the_same_map_back(dominance, tmp_path):
+    dominance.classes[0] = 'skip, "rope"'                                           # commas and quotes survive
+    dominance.to_csv(tmp_path / "dominance.csv")
+    for back in (DominanceMap.from_csv(tmp_path / "dominance.csv"), DominanceMap.from_dict(json.loads(json.dumps(dominance.to_dict())))):
+        assert back.to_dict() == dominance.to_dict() and torch.equal(back.logit_share, dominance.logit_share)
+    rows = list(csv.DictReader(open(tmp_path / "dominance.csv", newline="")))
+    assert list(rows[0])[:6] == ["class", "n", "share", "low", "high", "group"] and len(rows) == 8
+
+
+def test_csv_that_is_no_map_is_named(tmp_path):
+    (tmp_path / "other.csv").write_text("class,n\nrope,3\n")
+    with pytest.raises(ValueError, match="other.csv.*share"): DominanceMap.from_csv(tmp_path / "other.csv")
+
+
+def test_expected_logit_share_reads_the_map_by_prediction(dominance):
+    assert torch.allclose(dominance.expected_logit_share(torch.eye(8)).sigmoid(), dominance.share.float())
+    even = dominance.expected_logit_share(torch.full((1, 8), 1 / 8))
+    assert even.item() == pytest.approx(dominance.logit_share.mean().item(), abs=1e-6)
+    with pytest.raises(ValueError, match=r"\(N, 8\)"): dominance.expected_logit_share(torch.ones(2, 7))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(sources=["a"]), "1 sources"), (dict(classes=["a"]), "1 class names"), (dict(classes=["a"] * 8), "repeat"),
+    (dict(global_logits=torch.zeros(320, 7)), "differ|lie in"), (dict(prior=0.0), "prior"), (dict(confidence=1.0), "confidence"),
+])
+def test_measure_names_what_is_wrong(sim, change, message):
+    good = dict(local_logits=sim.local, global_logits=sim.global_, labels=sim.labels, sources=sim.sources, classes=sim.classes)
+    with pytest.raises(ValueError, match=message): measure(**(good | change))
+
+
+def test_map_refuses_columns_that_do_not_fit():
+    with pytest.raises(ValueError, match="low has 1"): DominanceMap(["a", "b"], [1, 1], [1, 1], [0.5, 0.5], [0.4], [0.6, 0.6], ["local", "global"], 0.5)
+    with pytest.raises(ValueError, match="unknown group 'lokal'"): DominanceMap(["a"], [1], [1], [0.5], [0.4], [0.6], ["lokal"], 0.5)

@@ -1,0 +1,137 @@
+"""Figures: what they show, and that they are figures on their own."""
+import io
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from mbd import plots  # noqa: E402
+
+
+def measured(k=5):
+    share = np.linspace(0.9, 0.1, k)
+    group = ["local" if s > 0.6 else "global" if s < 0.4 else "balanced" for s in share]
+    return SimpleNamespace(classes=[f"class {i}" for i in range(k)], share=share, low=share - 0.05, high=share + 0.05, reference=0.5, group=group)
+
+
+def all_figures(banner=None):
+    video, m, p = np.zeros((9, 8, 10, 3), np.uint8), measured(), np.full(5, 0.2)
+    rows = [{"stage": "warm-up", "epoch": e, "stream": s, "loss": 1 / e, "accuracy": 0.5} for e in (1, 2) for s in ("local", "global")]
+    return {
+        "frames": plots.frames_strip(video, banner=banner), "curves": plots.training_curves(rows, banner=banner),
+        "map": plots.dominance_map(m, required=[2, 3, 9, 20, 24], field=9, banner=banner),
+        "dose": plots.share_against_range(m, [2, 3, 9, 20, 24], field=9, banner=banner),
+        "confusion": plots.confusion_matrix(np.eye(5, dtype=int), m.classes, banner=banner),
+        "confusion of many": plots.confusion_matrix(np.ones((30, 30), int), [f"c{i}" for i in range(30)], banner=banner),
+        "bars": plots.accuracy_bars({"local": 0.5, "adaptive": 0.7}, {"local": (0.4, 0.6)}, banner=banner),
+        "prediction": plots.prediction_strip(video, m.classes, p, p, p, weight=0.4, label=2, banner=banner),
+    }
+
+
+def words(figure):
+    return [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return all_figures(banner="generated data")
+
+
+def test_figures_are_returned_and_not_held(figures):
+    assert all(isinstance(f, Figure) for f in figures.values())
+    assert plt.get_fignums() == []
+
+
+def test_every_figure_can_be_saved_and_is_small(figures):
+    for name, figure in figures.items():
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=80)
+        assert 1000 < len(file.getvalue()) < 200_000, name
+
+
+def test_generated_data_is_written_into_every_figure_and_only_there(figures):
+    for name, figure in figures.items():
+        assert "generated data" in words(figure), name
+    assert not any("generated data" in words(f) for f in all_figures().values())
+
+
+def test_colours_differ_and_the_streams_keep_theirs(figures):
+    assert len({plots.LOCAL, plots.GLOBAL, plots.BALANCED, plots.FUSED}) == 4
+    lines = {line.get_label(): line.get_color() for line in figures["curves"].axes[0].get_lines()}
+    assert lines["local"] == plots.LOCAL and lines["global"] == plots.GLOBAL
+
+
+def test_a_strip_shows_evenly_spaced_frames_up_to_the_last():
+    figure = plots.frames_strip(np.zeros((100, 4, 4, 3), np.uint8), count=5)
+    assert [a.get_title() for a in figure.axes] == ["0", "25", "50", "74", "99"]
+    assert [a.get_title() for a in plots.frames_strip(np.zeros((2, 4, 4, 3), np.uint8), titles=["in", "out"]).axes] == ["in", "out"]
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4, 3), np.uint8), np.zeros((2, 3, 4, 4), np.uint8), np.zeros((0, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3))])
+def test_a_strip_of_something_else_is_an_error(bad):
+    with pytest.raises(ValueError, match="T, H, W, 3"):
+        plots.frames_strip(bad)
+
+
+def test_curves_lay_stages_end_to_end_and_leave_out_what_is_missing():
+    rows = [{"stage": "warm-up", "epoch": "1", "stream": "local", "loss": "2.0", "accuracy": ""},      # as a CSV reader gives them
+            {"stage": "warm-up", "epoch": "2", "stream": "local", "loss": "1.0", "accuracy": "0.5"},
+            {"stage": "distil", "epoch": "1", "stream": "local", "loss": "0.5", "accuracy": "0.6"}]
+    loss, accuracy = plots.training_curves(rows).axes
+    assert [line.get_xydata().tolist() for line in loss.get_lines() if line.get_label() == "local"] == [[[1, 2], [2, 1], [3, 0.5]]]
+    assert [line.get_xydata().tolist() for line in accuracy.get_lines() if line.get_label() == "local"] == [[[2, 0.5], [3, 0.6]]]
+    assert {"warm-up", "distil"} <= set(words(loss.figure))
+    with pytest.raises(ValueError, match="no epoch"):
+        plots.training_curves([])
+
+
+def test_map_is_sorted_and_coloured_by_group(figures):
+    bars, panel = figures["map"].axes
+    assert [t.get_text() for t in bars.get_yticklabels()] == [f"class {i}" for i in (4, 3, 2, 1, 0)]
+    colours = [matplotlib.colors.to_hex(p.get_facecolor()[:3]).upper() for p in bars.patches]
+    assert colours == [plots.GLOBAL] * 2 + [plots.BALANCED] + [plots.LOCAL] * 2
+    points = [line.get_xdata().tolist() for line in panel.get_lines() if len(line.get_xdata()) == 5]
+    assert points == [[24, 20, 9, 3, 2]]      # the construction in the same order as the bars
+
+
+def test_map_of_a_hundred_classes_keeps_all_names():
+    figure = plots.dominance_map(measured(101))
+    assert len(figure.axes[0].get_yticklabels()) == 101 and figure.get_size_inches()[1] < 16
+
+
+def test_names_of_equal_range_do_not_collide():
+    heights = dict(plots._spread(np.array([3, 3, 3, 9]), np.array([0.98, 0.981, 0.5, 0.5]), gap=0.05))
+    mine = sorted(heights[i] for i in (0, 1, 2))
+    assert min(np.diff(mine)) >= 0.0499 and max(mine) <= 0.99 and heights[3] == 0.5
+
+
+def test_confusions_are_listed_by_frequency_without_the_right_answers():
+    matrix = np.array([[5, 3, 0], [1, 9, 0], [0, 0, 0]])
+    assert plots.top_confusions(matrix, "abc") == [("a", "b", 3, 0.375), ("b", "a", 1, 0.1)]
+    assert plots.top_confusions(np.eye(3, dtype=int), "abc") == []
+    with pytest.raises(ValueError, match="matrix"):
+        plots.confusion_matrix(matrix, ["a", "b"])
+
+
+def test_cells_are_fractions_of_the_true_class():
+    figure = plots.confusion_matrix(np.array([[3, 1], [0, 0]]), ["a", "b"])
+    assert figure.axes[0].images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert {"75", "25"} <= set(words(figure))
+
+
+def test_true_class_is_marked_in_every_list():
+    p = [np.array([0, 0, 0.8, 0.1, 0.1]), np.array([0.1, 0.5, 0.2, 0.2, 0]), np.array([0, 0.3, 0.4, 0.3, 0])]
+    figure = plots.prediction_strip(np.zeros((3, 4, 4, 3), np.uint8), measured().classes, *p, label=2)
+    lists = [[t.get_text() for t in a.get_yticklabels()] for a in figure.axes if a.get_xlabel() == "probability"]
+    assert [names.index("class 2 ✓") for names in lists] == [0, 1, 0]
+
+
+def test_style_changes_text_sizes():
+    with matplotlib.rc_context():
+        plots.style()
+        assert plt.rcParams["font.size"] == 9 and plt.rcParams["figure.dpi"] <= 90

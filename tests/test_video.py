@@ -1,0 +1,330 @@
+import functools, multiprocessing, os, pickle, signal, socket, sys
+from pathlib import Path
+import numpy as np, pytest, torch
+from mbd import video
+from mbd.video import VideoError, dense_clip, multi_view, num_frames, read_frames, scan, uniform_segments, write_video
+
+av = pytest.importorskip("av")
+ROOT = Path(__file__).parents[1]
+REAL = ROOT / os.environ.get("MBD_REALDATA", "absent")
+needs_real = pytest.mark.skipif(not (REAL / "clips").is_dir(), reason="MBD_REALDATA names no folder with real clips")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MBD_CACHE", str(tmp_path / "cache"))
+    video._index.cache_clear()
+    return tmp_path / "cache"
+
+
+def film(n, height=48, width=128):
+    "Frames that carry their number as eight squares along the top, over a slowly moving ground."
+    y, x = np.mgrid[:height, :width]
+    frames = np.stack([np.stack([110 + 50 * np.sin((x + i) / 19), 110 + 50 * np.sin((y - i) / 15), 0 * x + 120], -1) for i in range(n)]).astype(np.uint8)
+    frames[:, :16] = 0
+    for i in range(n):
+        for bit in range(8):
+            if i >> bit & 1: frames[i, :16, 16 * bit:16 * bit + 14] = 255
+    return frames
+
+
+def numbers(frames): return [sum(1 << b for b in range(8) if f[5:11, 16 * b + 4:16 * b + 10].mean() > 127) for f in frames]
+
+
+def write(path, frames, codec, b_frames, gop=12, pix_fmt="yuv420p", **options):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
+        for frame in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def truth(path):
+    "In-order decode, independent of the module: frames, and whether it ended without an error."
+    frames, whole = [], True
+    with av.open(str(path), metadata_errors="replace") as container:
+        try:
+            for f in container.decode(container.streams.video[0]): frames.append(np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)))
+        except av.error.FFmpegError: whole = False
+    return frames, whole
+
+
+def difference(a, b): return np.abs(a.astype(int) - b).mean() if a.shape == b.shape else np.inf
+
+
+KINDS = {"h264.mp4": ("libx264", 2), "plain.avi": ("mpeg4", 0), "b.avi": ("mpeg4", 2), "h264-b.avi": ("libx264", 3), "b.mp4": ("mpeg4", 2), "b.mkv": ("libx264", 3)}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frame_exact_whatever_is_asked(tmp_path, name):
+    codec, b = KINDS[name]
+    path = write(tmp_path / name, film(250), codec, b)
+    assert num_frames(path) == 250
+    rng = np.random.default_rng(0)
+    for indices in ([0], [249], [3, 3, 1], range(0, 250, 7), range(200, 216), rng.integers(0, 250, 20), list(rng.permutation(250)[:9]), torch.tensor([240, 239])):
+        frames = read_frames(path, indices)
+        assert numbers(frames) == [int(i) for i in indices]
+        assert frames.shape == (len(indices), 48, 128, 3) and frames.dtype == np.uint8 and frames.flags.c_contiguous
+
+
+def test_decord_serves_where_proved_and_is_dropped_where_not(tmp_path, monkeypatch):
+    pytest.importorskip("decord")
+    good, bad = write(tmp_path / "good.mp4", film(250), "libx264", 2), write(tmp_path / "bad.avi", film(250), "mpeg4", 2)
+    for path in (good, bad): assert numbers(read_frames(path, range(220, 236))) == list(range(220, 236))
+    assert scan(good).decord and not scan(bad).decord
+    video._index.cache_clear()   # a new process reads it from the disk
+    assert not scan(bad).decord and len(scan(good).checksums) == 250
+    monkeypatch.setattr(video, "_by_counting", lambda *_: pytest.fail("the proved file was not read by jumping"))
+    assert numbers(read_frames(good, [230, 225])) == [230, 225]
+
+
+def test_a_decord_that_lies_or_fails_is_never_believed(tmp_path, monkeypatch):
+    decord = pytest.importorskip("decord")
+    for k, answer in enumerate((lambda real: real[::-1].copy(), lambda real: real[:, ::-1].copy(), lambda real: real[:-1], lambda real: 1 / 0)):
+        path = write(tmp_path / f"{k}.mp4", film(250), "libx264", 2)
+        class Reader:
+            def __init__(self, *args, **kwargs): self.real = decord_reader(*args, **kwargs)
+            def get_batch(self, indices): return type("Batch", (), {"asnumpy": lambda _, real=self.real.get_batch(indices).asnumpy(): answer(real)})()
+        decord_reader = decord.VideoReader
+        with monkeypatch.context() as patch:
+            patch.setattr(decord, "VideoReader", Reader)
+            assert numbers(read_frames(path, range(220, 236))) == list(range(220, 236))
+        assert not scan(path).decord
+
+
+def test_without_decord_pyav_serves_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4", film(250), "libx264", 2)
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert numbers(read_frames(path, range(220, 236))) == list(range(220, 236))
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="pip install av"): num_frames(path)
+
+
+def test_same_picture_size_and_bits(tmp_path):
+    path = write_video(tmp_path / "a.mp4", film(30, width=134))   # a width that is no multiple of 8 or 16
+    frames, _ = truth(path)
+    assert np.array_equal(read_frames(path, range(30)), np.stack(frames))
+
+
+def test_ten_bits_and_two_streams(tmp_path):
+    path = write(tmp_path / "ten.mkv", film(20), "libx264", 0, pix_fmt="yuv420p10le")
+    assert numbers(read_frames(path, [19, 4])) == [19, 4]
+    with av.open(str(tmp_path / "two.mp4"), "w") as container:
+        streams = [container.add_stream("libx264", rate=25) for _ in range(2)]
+        for stream, (h, w) in zip(streams, ((48, 128), (96, 256))): stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
+        for frame in film(10):
+            for stream, picture in zip(streams, (frame, 255 - frame.repeat(2, 0).repeat(2, 1))): container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams: container.mux(stream.encode())
+    assert numbers(read_frames(tmp_path / "two.mp4", [9, 0])) == [9, 0]
+
+
+@pytest.mark.parametrize("matrix, turns", [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_rotation_is_applied(tmp_path, matrix, turns):
+    path = write_video(tmp_path / "a.mp4", film(5))
+    number = lambda v: (v * 0x10000 & 0xFFFFFFFF).to_bytes(4, "big")
+    square = lambda a, b, c, d: number(a) + number(b) + bytes(4) + number(c) + number(d) + bytes(12) + bytes.fromhex("40000000")
+    data, upright = path.read_bytes(), read_frames(path, range(5))
+    at = data.index(square(1, 0, 0, 1), data.index(b"tkhd"))
+    (tmp_path / "turned.mp4").write_bytes(data[:at] + square(*matrix) + data[at + 36:])
+    assert np.array_equal(read_frames(tmp_path / "turned.mp4", range(5)), np.rot90(upright, turns, (1, 2)))
+
+
+def test_size_changes_on_the_way(tmp_path):
+    parts = [write(tmp_path / f"{k}.ts", f, "libx264", 0, bf="0") for k, f in enumerate((film(6), film(6, 96, 256)))]
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(p.read_bytes() for p in parts))
+    frames = read_frames(path, range(num_frames(path)))
+    assert frames.shape[1:] == (48, 128, 3) and len(frames) > 6
+
+
+def test_indices_outside_are_named(tmp_path):
+    path = write_video(tmp_path / "a.mp4", film(12))
+    for bad in ([12], [0, -1], [3, 99]):
+        with pytest.raises(IndexError) as error: read_frames(path, bad)
+        assert str(path) in str(error.value) and str([i for i in bad if not 0 <= i < 12][0]) in str(error.value) and "12" in str(error.value)
+    with pytest.raises(TypeError): read_frames(path, [1.5])
+    assert read_frames(path, []).shape == (0, 48, 128, 3)
+
+
+def test_no_videos(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", film(30)).read_bytes()
+    (tmp_path / "empty.mp4").touch(); (tmp_path / "text.avi").write_text("not a film"); (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "folder.mp4").mkdir(); os.mkfifo(tmp_path / "pipe.mp4")
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono"); frame.rate = 8000
+        container.mux(stream.encode(frame))
+    for name, problem in (("empty.mp4", "empty"), ("text.avi", "no video that FFmpeg knows"), ("cut.mp4", "cut off"), ("folder.mp4", "no regular file"),
+                          ("pipe.mp4", "no regular file"), ("sound.wav", "no video stream"), ("gone.mp4", "No such file")):
+        for call in (num_frames, functools.partial(read_frames, indices=[0])):
+            with pytest.raises(VideoError) as error: call(tmp_path / name)
+            assert error.value.path == tmp_path / name and problem in error.value.problem and str(tmp_path / name) in str(error.value)
+
+
+def test_a_playlist_does_not_reach_the_network(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        (tmp_path / "list.avi").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:{server.getsockname()[1]}/a.ts\n#EXT-X-ENDLIST\n")
+        with pytest.raises(VideoError): num_frames(tmp_path / "list.avi")
+        with pytest.raises(BlockingIOError): server.accept()
+
+
+def test_a_cut_file_gives_what_decodes_and_nothing_else(tmp_path):
+    path = write(tmp_path / "a.avi", film(120), "mpeg4", 0)
+    data = path.read_bytes()
+    for k in (55, 65):
+        cut = tmp_path / f"{k}.avi"
+        cut.write_bytes(data[:len(data) * k // 100])
+        frames, _ = truth(cut)
+        assert 0 < num_frames(cut) == len(frames) < 120
+        assert all(difference(a, b) < 2 for a, b in zip(read_frames(cut, range(len(frames))), frames))
+        with pytest.raises(IndexError, match=f"has {len(frames)}"): read_frames(cut, range(120))
+
+
+def test_noise_in_a_file_never_hangs_or_yields_a_partial_array(tmp_path):
+    data = bytearray(write(tmp_path / "a.mp4", film(60), "libx264", 2).read_bytes())
+    for seed in range(8):
+        rng, noisy = np.random.default_rng(seed), bytearray(data)
+        for at in rng.integers(0, len(data), 40): noisy[at] = rng.integers(256)
+        path = tmp_path / f"{seed}.mp4"
+        path.write_bytes(noisy)
+        try: n = num_frames(path)
+        except VideoError: continue
+        assert len(read_frames(path, range(n))) == n
+        with pytest.raises(IndexError): read_frames(path, [n])
+
+
+def test_index_is_kept_and_follows_the_file(tmp_path, cache, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", film(12))
+    num_frames(path)
+    (stored,) = cache.rglob("*.json")
+    assert b"checksums" in stored.read_bytes()
+    video._index.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "_scan", lambda path: pytest.fail("decoded again"))
+        assert num_frames(path) == num_frames(str(path)) == 12
+    write_video(path, film(14))
+    assert num_frames(path) == 14 and numbers(read_frames(path, [13])) == [13]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1, "index": {}}', b"\xff\xfe\x00", b'{"key": null, "index": {"count": 99}}'])
+def test_a_damaged_index_is_made_anew(tmp_path, cache, damage):
+    path = write_video(tmp_path / "a.mp4", film(12))
+    num_frames(path)
+    (stored,) = cache.rglob("*.json")
+    good = stored.read_bytes()
+    stored.write_bytes(damage); video._index.cache_clear()
+    assert num_frames(path) == 12 and stored.read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_written_costs_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MBD_CACHE", str(tmp_path / "file" / "below"))
+    assert num_frames(write_video(tmp_path / "a.mp4", film(12))) == 12
+
+
+def test_write_video_is_repeatable_and_close(tmp_path):
+    frames = film(20)
+    first, second = write_video(tmp_path / "a.mp4", frames), write_video(tmp_path / "b.mp4", frames)
+    assert first.read_bytes() == second.read_bytes()
+    assert difference(read_frames(first, range(20)), frames) < 4
+    assert write_video(tmp_path / "c.mp4", frames, crf=40).stat().st_size < first.stat().st_size
+    with av.open(str(write_video(tmp_path / "d.mp4", frames, fps=12.5))) as container: assert float(container.streams.video[0].average_rate) == 12.5
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{c}.mp4" for c in "abc"] + ["cache", "d.mp4"]
+
+
+@pytest.mark.parametrize("bad, part", [(film(3)[:, :47], "even"), (film(3).astype(float), "uint8"), (film(3)[0], "uint8 (T, H, W, 3)"), (film(3)[:0], "T >= 1")])
+def test_write_video_refuses(tmp_path, bad, part):
+    with pytest.raises(ValueError) as error: write_video(tmp_path / "a.mp4", bad)
+    assert part in str(error.value) and not list(tmp_path.iterdir())
+
+
+def _die_before_renaming(path):
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    write_video(path, film(12))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_writer_leaves_no_file_of_that_name(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_die_before_renaming, args=(tmp_path / "a.mp4",))
+    process.start(); process.join(20)
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_in_workers(tmp_path, start):
+    if start not in multiprocessing.get_all_start_methods(): pytest.skip(f"no {start} here")
+    paths = [write(tmp_path / "a.mp4", film(250), "libx264", 2), write(tmp_path / "b.avi", film(250), "mpeg4", 2)]
+    for path in paths: read_frames(path, [240])   # decoders were used in the parent before
+    loader = torch.utils.data.DataLoader(paths * 4, batch_size=None, collate_fn=functools.partial(read_frames, indices=[240, 3, 249]), num_workers=2 if start == "fork" else 1, multiprocessing_context=start, timeout=60)
+    assert [numbers(frames) for frames in loader] == [[240, 3, 249]] * 8
+    if start == "fork":
+        (tmp_path / "text.avi").write_text("no")
+        loader = torch.utils.data.DataLoader([tmp_path / "text.avi"], batch_size=None, collate_fn=functools.partial(read_frames, indices=[0]), num_workers=1, timeout=60)
+        with pytest.raises(VideoError, match="text.avi"): next(iter(loader))
+
+
+def test_many_processes_meet_one_new_file(tmp_path, cache):
+    if "fork" not in multiprocessing.get_all_start_methods(): pytest.skip("needs fork")
+    path = write_video(tmp_path / "a.mp4", film(60))
+    with multiprocessing.get_context("fork").Pool(4) as pool: assert pool.map(num_frames, [path] * 16, chunksize=1) == [60] * 16
+    assert len([p for p in cache.rglob("*") if p.is_file()]) == 1
+
+
+def test_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is odd")))
+    assert (error.path, error.problem, str(error)) == (Path("a.mp4"), "is odd", "a.mp4: is odd")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow(tmp_path):
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+    path = write_video(tmp_path / "a.mp4", film(40, 96, 256))
+    for _ in range(50): read_frames(path, [1, 39])
+    before = resident()
+    for _ in range(150): read_frames(path, [1, 39])
+    assert resident() - before < 8   # MiB; one set of the 40 frames left behind each time would be 400
+
+
+def test_dense_clip():
+    assert dense_clip(10, 4).tolist() == [3, 4, 5, 6] and dense_clip(10, 4, 2).tolist() == [1, 3, 5, 7] and dense_clip(10, 4, start=8).tolist() == [8, 9, 9, 9]
+    assert dense_clip(3, 6).tolist() == [0, 1, 2, 2, 2, 2] and dense_clip(1, 3, 5).tolist() == [0, 0, 0]
+    starts = [dense_clip(10, 4, 2, generator=np.random.default_rng(s)) for s in range(60)]
+    assert {int(s[0]) for s in starts} == {0, 1, 2, 3} and all((np.diff(s) == 2).all() for s in starts)
+
+
+def test_uniform_segments():
+    assert uniform_segments(10, 5).tolist() == [1, 3, 5, 7, 9] and uniform_segments(2, 4).tolist() == [0, 0, 1, 1] and uniform_segments(100, 1).tolist() == [50]
+    for s in range(20):
+        picked = uniform_segments(100, 10, np.random.default_rng(s))
+        assert (picked // 10 == np.arange(10)).all()
+    assert len({tuple(uniform_segments(100, 10, np.random.default_rng(s))) for s in range(20)}) == 20
+
+
+def test_multi_view():
+    views = multi_view(100, 8, 2, 5)
+    assert views.shape == (5, 8) and views[0, 0] == 0 and views[-1, -1] == 99 and (np.diff(views, axis=1) == 2).all()
+    assert multi_view(100, 8, 2, 1).tolist() == [dense_clip(100, 8, 2).tolist()] and multi_view(5, 8, 1, 3).max() == 4
+
+
+@pytest.mark.parametrize("call", [lambda: dense_clip(0, 4), lambda: dense_clip(10, 0), lambda: dense_clip(10, 4, 0), lambda: dense_clip(10, 4, start=10),
+                                  lambda: dense_clip(10, 4, start=-1), lambda: uniform_segments(10, 0), lambda: multi_view(10, 4, 1, 0)])
+def test_sampling_refuses_nonsense(call):
+    with pytest.raises(ValueError, match="must"): call()
+
+
+@needs_real
+@pytest.mark.parametrize("path", sorted(p for f in ("clips", "odd") for p in (REAL / f).rglob("*") if p.is_file()) if (REAL / "clips").is_dir() else [], ids=lambda p: p.name)
+def test_real_files(path):
+    try: frames, _ = truth(path)
+    except (av.error.FFmpegError, IndexError): frames = []
+    if not frames:
+        with pytest.raises(VideoError): read_frames(path, [0])
+        return
+    n = len(frames)
+    assert num_frames(path) == n
+    for asked in (np.linspace(0, n - 1, 8).round().astype(int), np.arange(n - 1, max(-1, n - 9), -1), dense_clip(n, 8, start=n * 3 // 4)):
+        assert max(difference(a, frames[i]) for a, i in zip(read_frames(path, asked), asked)) < 2
+    with pytest.raises(IndexError): read_frames(path, [n])
