@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'CLASSES', 'KIND', 'TWIN', 'VERSION', 'QUICK_GAP', 'QUICK', 'PHASE', 'VIEWS', 'Spec', 'check', 'sized',
-           'required_range', 'capsule', 'render', 'generator_id', 'generate', 'probe']
+           'required_range', 'capsule', 'render', 'generator_id', 'generate', 'probe', 'probe_table']
 
 # %% ../nbs/04_miniactions.ipynb #109790d5
 import hashlib, json, os, shutil, subprocess, sys, time
@@ -213,13 +213,13 @@ def _file(name, group, clip): return f"{name}/v_{name}_g{group:02d}_c{clip:02d}.
 def _write_atomic(path, text):
     part = path.with_name(f".{path.name}.{os.getpid()}.part"); part.write_text(text); os.replace(part, path)
 
-# %% ../nbs/04_miniactions.ipynb #d50160f5
+# %% ../nbs/04_miniactions.ipynb #8dd9b5ef
 def _work(folder, shard, shards):
     "Make every `shards`-th missing video of the set described in `folder`, beginning with number `shard`."
     spec, parent = _read_spec(folder)[0], os.getppid()
     missing = [v for v in _videos(spec) if not (folder/"UCF-101"/_file(*v[:3])).exists()]
     for name, group, clip, _ in missing[shard::shards]:
-        if shards > 1 and os.getppid() != parent: return
+        if os.getppid() != parent: return
         write_video(folder/"UCF-101"/_file(name, group, clip), render(spec, name, group, clip))
 
 def _read_spec(folder):
@@ -260,7 +260,7 @@ def generate(
     _write_lists(folder, spec, videos); _describe(folder, spec, "complete")
     return folder
 
-# %% ../nbs/04_miniactions.ipynb #c230584c
+# %% ../nbs/04_miniactions.ipynb #fc5816ce
 def _describe(folder, spec, status):
     classes = {name: dict(kind=KIND[name], twin=TWIN[name], required_range=required_range(name, spec)) for name in spec.classes}
     _write_atomic(folder/"miniactions.json", json.dumps(dict(status=status, generator=generator_id(spec), spec=asdict(spec), classes=classes), indent=1))
@@ -273,7 +273,6 @@ def _write_lists(folder, spec, videos):
     _write_atomic(lists/"classInd.txt", "".join(f"{i} {name}\n" for name, i in label.items()))
 
 def _run_workers(folder, workers, there, total, progress):
-    if workers == 1: _work(folder, 0, 1); return
     code = "import sys; from pathlib import Path; from mbd.miniactions import _work; _work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
     start = lambda i: subprocess.Popen([sys.executable, "-c", code, str(folder), str(i), str(workers)], env=environment, stderr=subprocess.PIPE, text=True)
@@ -281,56 +280,71 @@ def _run_workers(folder, workers, there, total, progress):
     try:
         while any(p.poll() is None for p in processes):
             time.sleep(.5)
-            if progress: progress(there(), total)
+            done = there()
+            if progress and done < total: progress(done, total)
+        if progress: progress(there(), total)
         for p in processes:
             if p.returncode: raise RuntimeError(f"{folder}: a generator worker failed; what was made is kept, run again to go on\n{p.stderr.read()[-2000:]}")
     finally:
         for p in processes: p.kill(); p.wait(); p.stderr.close()
 
-# %% ../nbs/04_miniactions.ipynb #b7bc5afb
-def _moving(videos, spacing, half):
-    "(N, T', D) float: grey frames `spacing` apart, less each video's median frame, on a 32-pixel (half resolution: 16-pixel) grid of means."
-    grey = videos[:, ::spacing].mean(-1, dtype=np.float32)
-    n, t, h, w = grey.shape
-    grid = 16 if half else 32
-    grey = grey.reshape(n, t, grid, h//grid, grid, w//grid).mean((3, 5))
-    return (grey - np.median(grey, 1, keepdims=True)).reshape(n, t, -1)
+# %% ../nbs/04_miniactions.ipynb #484e7354
+VIEWS = {"single window": (2, 7, 16), "bag of windows": (2, 7, 16), "full clip, coarse": (4, None, 8), "full clip, fine": (2, None, 16)}   # spacing, samples, grid
 
-def _components(features, train, number):
-    "Project on the first principal components of the training videos, scaled to unit variance overall."
-    flat = features[train].reshape(-1, features.shape[-1])
-    _, axes = np.linalg.eigh(flat.T @ flat)
-    out = features @ axes[:, ::-1][:, :number]
-    return out / out[train].std()
+def _windows(videos, spacing, samples, grid):
+    "(N, W, samples, D) float: windows of the videos as means over a grid of cells, each less its own median frame."
+    cells = videos[:, ::spacing]
+    n, t, h, w, c = cells.shape
+    cells = cells[:, :, :h//grid*grid, :w//grid*grid].reshape(n, t, grid, h//grid, grid, w//grid, c).mean((3, 5), dtype=np.float32).reshape(n, t, -1) / 255
+    samples = samples or t
+    windows = np.stack([cells[:, s:s + samples] for s in range(0, t - samples + 1, 2)], 1)
+    return windows - np.median(windows, 2, keepdims=True)
 
-def _ridge(x, y, test, penalty=1.):
-    "Scores of `test` by kernel ridge regression with the kernel (1 + u.v)^2, u and v of unit mean square norm."
-    scale = np.sqrt((x**2).sum(1).mean()); x, test = x/scale, test/scale
+# %% ../nbs/04_miniactions.ipynb #14015d3b
+def _project(windows, train, number=12):
+    "The first principal components of the training windows' frames: (N, W, samples * number)."
+    frames = windows[train].reshape(-1, windows.shape[-1])
+    _, axes = np.linalg.eigh(frames.T @ frames)
+    return (windows @ axes[:, ::-1][:, :number]).reshape(*windows.shape[:2], -1)
+
+def _ridge(x, y, test, penalty=.1):
+    "Scores of `test` by kernel ridge regression on (x, y) with the kernel (1 + u.v)^2."
+    scale = np.sqrt((x**2).sum(1).mean()) + 1e-12; x, test = x/scale, test/scale
     return (1 + test @ x.T)**2 @ np.linalg.solve((1 + x @ x.T)**2 + penalty*np.eye(len(x)), y)
 
-# %% ../nbs/04_miniactions.ipynb #d6943f6c
-VIEWS = {"single window": (2, 7, False), "bag of windows": (2, 7, False), "full clip, coarse": (4, None, True), "full clip, fine": (2, None, False)}
-
+# %% ../nbs/04_miniactions.ipynb #7dd460ec
 def probe(
     videos, # uint8 (N, T, S, S, 3) of the two classes of one pair
     labels, # (N,) 0 or 1
-    groups, # (N,) group of each video: clips of one group are never on both sides
+    groups, # (N,) group of each video: every second group tests
     view, # a key of VIEWS
-    folds=3, # folds of the cross-validation
-):
-    "(accuracy, low, high): how well a quadratic probe with this view tells the pair apart, with a 95 % interval clustered by group."
-    spacing, length, half = VIEWS[view]
-    features, y, groups = _moving(videos, spacing, half), np.where(labels, 1., -1.), np.asarray(groups)
-    names = np.unique(groups); fold = {g: i % folds for i, g in enumerate(np.random.default_rng(0).permutation(names))}
-    fold, right = np.array([fold[g] for g in groups]), np.zeros(len(y))
-    for k in range(folds):
-        train, test = fold != k, fold == k
-        z = _components(features, train, 10)
-        starts = range(0, z.shape[1] - length + 1, 3) if length else [0]
-        windows = np.stack([z[:, s:s + (length or z.shape[1])].reshape(len(z), -1) for s in starts], 1)   # (N, windows, D)
-        w = windows.shape[1]
-        scores = _ridge(windows[train].reshape(-1, windows.shape[-1]), np.repeat(y[train], w), windows[test].reshape(-1, windows.shape[-1])).reshape(-1, w)
-        if view == "bag of windows": scores = scores.mean(1, keepdims=True)
-        right[test] = ((scores > 0) == (y[test, None] > 0)).mean(1)
-    error = np.sqrt(sum((right[groups == g] - right.mean()).sum()**2 for g in names)) / len(y)
-    return right.mean(), right.mean() - 1.96*error, right.mean() + 1.96*error
+) -> tuple: # (accuracy, low, high)
+    "How well a quadratic probe with this view tells the pair apart on groups it has not seen, with a 95 % interval clustered by group."
+    windows, y, groups = _windows(videos, *VIEWS[view]), np.where(labels, 1., -1.), np.asarray(groups)
+    test = np.isin(groups, np.unique(groups)[1::2])
+    z = _project(windows, ~test)
+    number = z.shape[1]
+    scores = _ridge(z[~test].reshape(-1, z.shape[-1]), np.repeat(y[~test], number), z[test].reshape(-1, z.shape[-1])).reshape(-1, number)
+    if view == "bag of windows": scores = scores.mean(1, keepdims=True)
+    right = ((scores > 0) == (y[test, None] > 0)).mean(1)
+    mean = right.mean()
+    error = np.sqrt(sum((right[groups[test] == g] - mean).sum()**2 for g in np.unique(groups[test]))) / len(right)
+    return float(mean), float(mean - 1.96*error), float(mean + 1.96*error)
+
+# %% ../nbs/04_miniactions.ipynb #51cc193c
+def probe_table(
+    spec=Spec(), # the set to examine
+    groups=80, # groups a class
+    clips=2, # clips a group
+    coded=None, # a function (frames -> frames) that codes and decodes; None: the frames as rendered
+    pairs=None, # which pairs; None: all of the set
+    views=tuple(VIEWS), # which probes
+) -> dict: # {pair: {view: (accuracy, low, high)}}
+    "What each kind of view can tell about each pair of the set."
+    table = {}
+    for pair in pairs or [p for p in PAIRS if set(p) <= set(spec.classes)]:
+        made = [(name == pair[0], g + 1000*(name == pair[0]), render(spec, name, g, c)) for name in pair for g in range(1, groups + 1) for c in range(1, clips + 1)]
+        labels, group, videos = (np.array(column) for column in zip(*made))
+        if coded: videos = np.stack([coded(v) for v in videos])
+        table[pair] = {view: probe(videos, labels, group, view) for view in views}
+    return table

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCAL', 'GLOBAL', 'BALANCED', 'FUSED', 'GROUP_COLOURS', 'STYLE', 'style', 'frames_strip', 'training_curves',
            'dominance_map', 'share_against_range', 'top_confusions', 'confusion_matrix', 'accuracy_bars',
-           'prediction_strip']
+           'prediction_strip', 'method']
 
 # %% ../nbs/06_plots.ipynb #2566c6e6
 import functools
@@ -295,4 +295,33 @@ def prediction_strip(
         figure.suptitle(title, fontsize=10)
     if banner:
         figure.supxlabel(banner, x=0.995, ha="right", fontsize=8, style="italic", color="#5A5A5A")
+    return figure
+
+# %% ../nbs/06_plots.ipynb #55f4e619
+_BOXES = {"video": (0.3, 1.5, "video", BALANCED), "local": (2.3, 2.4, "local stream\n3D CNN: sharp, short", LOCAL), "global": (2.3, 0.6, "global stream\nTransformer: coarse, long", GLOBAL),
+          "map": (5.1, 1.5, "dominance map\nwhich stream does\na class lean on?", BALANCED), "fusion": (7.9, 1.5, "fusion\nweighted by\ndominance", FUSED)}
+_ARROWS = [("video", "local", "often"), ("video", "global", "rarely"), ("local", "map", ""), ("global", "map", ""), ("map", "fusion", "weights")]
+
+
+def method(
+    lit=(),  # names of parts to light: video, local, global, map, distillation, fusion; empty: all
+) -> Figure:
+    "The parts of MBD and how they hang together."
+    figure, axes = _figure(1, 1, (7.6, 2.3))
+    a, half = axes[0, 0], {n: (0.35 if n == "video" else 0.98 if n in ("local", "global") else 0.75) for n in _BOXES}
+    shade = lambda *names: 1.0 if not lit or any(n in lit for n in names) else 0.25
+    for name, (x, y, text, colour) in _BOXES.items():
+        box = matplotlib.patches.FancyBboxPatch((x - half[name], y - 0.42), 2 * half[name], 0.84, boxstyle="round,pad=0.06", fc=colour, ec="none", alpha=0.9 * shade(name))
+        a.add_patch(box)
+        a.text(x, y, text, ha="center", va="center", color="white", fontsize=8)
+    for start, end, text in _ARROWS:
+        (x0, y0, *_), (x1, y1, *_) = _BOXES[start], _BOXES[end]
+        tip, tail = (x1 - half[end] - 0.1, y1 + 0.25 * np.sign(y0 - y1)), (x0 + half[start] + 0.1, y0)
+        a.annotate("", tip, tail, arrowprops={"arrowstyle": "->", "color": "#444444", "alpha": shade(start, end)})
+        a.text((tip[0] + tail[0]) / 2, (tip[1] + tail[1]) / 2 + 0.12, text, fontsize=7, ha="center", alpha=shade(end))
+    for x, y0, y1, colour, text in ((2.0, 1.9, 1.1, LOCAL, "teaches on\nlocal classes "), (2.6, 1.1, 1.9, GLOBAL, " teaches on\n global classes")):
+        a.annotate("", (x, y1), (x, y0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2, "alpha": shade("distillation")})
+        a.text(x, 1.5, text, fontsize=7, color=colour, va="center", ha="right" if x < 2.3 else "left", alpha=shade("distillation"))
+    a.set(xlim=(-0.2, 8.8), ylim=(0, 3))
+    a.axis("off")
     return figure

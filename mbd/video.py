@@ -31,7 +31,7 @@ def _av():
     except ImportError as error: raise ImportError("reading and writing videos needs PyAV, which cannot be imported here. Remedy: pip install av") from error
     return av
 
-# %% ../nbs/02_video.ipynb #316745fa
+# %% ../nbs/02_video.ipynb #f987ccd8
 def write_video(
     path, # the file to make; its folder must exist
     frames, # uint8 (T, H, W, 3), RGB; H and W even
@@ -47,7 +47,7 @@ def write_video(
     av, part = _av(), path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with av.open(str(part), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "veryfast"})
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"})   # with mbtree, equal frames gave unequal bytes now and then
             stream.thread_count, stream.pix_fmt = 1, "yuv420p"
             stream.height, stream.width = frames.shape[1:3]
             for frame in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))

@@ -1,0 +1,415 @@
+import dataclasses, hashlib, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest
+from mbd import datasets, miniactions as mini
+from mbd.miniactions import CLASSES, KIND, PAIRS, TWIN, Spec, check, generate, generator_id, probe_table, render, required_range, sized
+
+HERE = Path(__file__).resolve().parent
+REFERENCE = HERE / "miniactions_reference.json"
+SMALL = dict(classes=("SameHand", "TwirlForward"), train_groups=3, test_groups=1, clips=1, size=32)
+needs_groups = pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory): monkeypatch.setenv("MBD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def needs_coding(): pytest.importorskip("av")
+
+
+def hashes(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def videos(folder): return sorted(Path(folder).rglob("*.mp4"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    pytest.importorskip("av")
+    return generate(tmp_path_factory.mktemp("small") / "set", workers=2, **SMALL)
+
+
+# ---- what the frames are
+
+def test_same_seed_same_frames_and_every_key_counts():
+    spec = Spec(size=32)
+    first = render(spec, "SameHand", 3, 2)
+    assert first.dtype == np.uint8 and first.shape == (32, 32, 32, 3)
+    assert np.array_equal(first, render(Spec(size=32), "SameHand", 3, 2))
+    for other in [(dataclasses.replace(spec, seed=1), "SameHand", 3, 2), (spec, "OtherHand", 3, 2), (spec, "SameHand", 4, 2), (spec, "SameHand", 3, 1)]:
+        assert not np.array_equal(first, render(*other))
+
+
+def test_frames_do_not_depend_on_which_classes_are_chosen_nor_on_the_number_of_videos():
+    a, b = Spec(size=32), Spec(size=32, classes=("OtherHand", "SameHand"), train_groups=2, test_groups=1, clips=9)
+    assert np.array_equal(render(a, "SameHand", 2, 1), render(b, "SameHand", 2, 1))
+
+
+def test_clips_of_a_group_share_performer_and_scene():
+    spec = Spec(size=32, difficulty=0)
+    corner = lambda group, clip: render(spec, "PushUpsSlow", group, clip)[0, :4].astype(int)
+    assert np.abs(corner(1, 1) - corner(1, 2)).max() <= 1 < np.abs(corner(1, 1) - corner(2, 1)).max()
+
+
+@pytest.mark.parametrize("knob, value", [("frames", 40), ("size", 48), ("gap", 5), ("difficulty", 0.0), ("seed", 7)])
+def test_each_knob_of_the_frames_has_an_effect(knob, value):
+    a, b = (render(spec, "SameHand", 1, 1) for spec in (Spec(), Spec(**{knob: value})))
+    assert a.shape != b.shape or np.abs(a.astype(int) - b).mean() > .5
+    if knob == "frames": assert len(b) == 40
+    if knob == "size": assert b.shape[1:3] == (48, 48)
+
+
+def test_difficulty_0_is_clean_and_more_is_noisier():
+    flicker = [np.abs(np.diff(render(Spec(difficulty=d), "PushUpsSlow", 1, 1)[:, :8].astype(float), axis=0)).mean() for d in (0, 1, 2)]
+    assert flicker[0] == 0 and 0 < flicker[1] < .75 * flicker[2]
+
+
+def coarse(frames):
+    "What the reference file keeps of a video: means of 8 x 8 blocks and the mean distance of pixels to them, of frames 0, 15 and 31."
+    kept = frames[[0, 15, 31]].astype(float)
+    blocks = kept.reshape(3, 8, 8, 8, 8, 3).mean((2, 4))
+    rest = np.abs(kept - blocks.repeat(8, 1).repeat(8, 2)).mean((1, 2, 3))
+    return {"blocks": blocks.round().astype(int).ravel().tolist(), "rest": rest.round(2).tolist()}
+
+
+def test_frames_are_frozen_until_VERSION_is_raised():
+    known = json.loads(REFERENCE.read_text())
+    assert str(mini.VERSION) in known, f"no reference frames for VERSION {mini.VERSION}: record them with 'python {HERE.name}/{Path(__file__).name}' and commit {REFERENCE.name}"
+    for name in CLASSES:
+        now, then = coarse(render(Spec(), name, 1, 1)), known[str(mini.VERSION)][name]
+        moved = np.abs(np.subtract(now["blocks"], then["blocks"])).max(), np.abs(np.subtract(now["rest"], then["rest"])).max()
+        assert moved[0] <= 2 and moved[1] <= .25, f"the frames of {name} changed (blocks by {moved[0]}, texture by {moved[1]:.2f} grey levels) under VERSION {mini.VERSION}: raise VERSION in mbd.miniactions, then record the new frames with 'python {HERE.name}/{Path(__file__).name}'"
+
+
+# ---- what windows can and cannot see
+
+def captured(monkeypatch, name, function, clips=48, **knobs):
+    "What the inner `function` returned for many videos of class `name`."
+    kept, inner = [], getattr(mini, function)
+    def spy(*given): kept.append(inner(*given)); return kept[-1]
+    with monkeypatch.context() as m:
+        m.setattr(mini, function, spy)
+        for clip in range(1, clips + 1): render(Spec(size=16, **knobs), name, 1, clip)
+    assert len(kept) == clips
+    return np.stack(kept).reshape(clips, -1, kept[0].shape[-1])
+
+
+@pytest.mark.parametrize("pair, function, more", [(("SameHand", "OtherHand"), "_raises", 0), (("ComesBack", "PassesThrough"), "_crossing", 3)])
+@pytest.mark.parametrize("gap", [4, 9])
+def test_windows_up_to_the_gap_are_the_same_in_both_classes_and_longer_ones_are_not(monkeypatch, pair, function, more, gap):
+    paths = {name: captured(monkeypatch, name, function, frames=16 + gap + more + 1, gap=gap) for name in pair}
+    quiet = 2 * mini.PHASE + more + 1 + gap
+    assert all(p.shape[-1] == quiet for p in paths.values())
+    def seen(name, length): return {(start, p[:, start:start + length].tobytes()) for p in paths[name] for start in range(quiet - length + 1)}
+    for length in (1, 2, gap, gap + more + 1): assert seen(pair[0], length) == seen(pair[1], length)
+    needed = required_range(pair[0], Spec(gap=gap, frames=64))[0]
+    assert length < needed and seen(pair[0], needed) != seen(pair[1], needed)
+    assert not seen(pair[0], quiet) & seen(pair[1], quiet)      # the whole video always tells
+
+
+def test_both_phases_are_drawn_independently(monkeypatch):
+    for name in ("SameHand", "OtherHand"):
+        up = captured(monkeypatch, name, "_raises", clips=200)
+        arms = [[int(a) for a, _ in sorted(((a, t) for a in (0, 1) for t in range(32) if p[a, t] == 1), key=lambda x: x[1])] for p in up]
+        first, second = np.array([a[0] for a in arms]), np.array([a[-1] for a in arms])
+        assert .38 < first.mean() < .62 and .38 < second.mean() < .62      # neither event alone says anything
+        assert ((first == second) == (name == "SameHand")).all()
+        quiet = (up == 0).all(1)
+        runs = [max(len(r) for r in "".join("q" if q else "." for q in line[f:l]).split(".")) for line, f, l in zip(quiet, (~quiet).argmax(1), 32 - (~quiet[:, ::-1]).argmax(1))]
+        assert set(runs) == {13}      # neutral frames between the phases: the gap
+
+
+def twins(monkeypatch, pair, clip=1, **knobs):
+    "Both classes of a pair rendered with the same scene and the same random numbers."
+    class Same(tuple):
+        def index(self, name): return 0
+    with monkeypatch.context() as m:
+        m.setattr(mini, "CLASSES", Same(CLASSES))
+        return [render(Spec(difficulty=0, **knobs), name, 1, clip).astype(int) for name in pair]
+
+
+def test_directions_of_the_rope_share_every_fourth_pose_and_no_other(monkeypatch):
+    forward, backward = twins(monkeypatch, ("TwirlForward", "TwirlBackward"))
+    change = np.abs(forward - backward).max((1, 2, 3))
+    assert (change[::4] <= 1).all() and (np.delete(change, np.s_[::4]) > 40).all()
+
+
+def test_rhythms_share_their_poses_at_every_fourth_frame(monkeypatch):
+    def lifts(name):
+        kept = []
+        with monkeypatch.context() as m:
+            m.setattr(mini, "_draw_push_up", lambda *given: kept.append(given[-1]))
+            for clip in range(1, 9): render(Spec(size=16), name, 1, clip)
+        return np.stack(kept)
+    t = np.arange(32)
+    for lift in lifts("PushUpsFast"):
+        up, along = 2 * lift[0] - 1, (2 * lift[1] - 1 - (2 * lift[0] - 1) * np.cos(np.pi / 3)) / np.sin(np.pi / 3)
+        phase = np.arctan2(up, along)
+        slow = .5 + .5 * np.sin(2 * np.pi * t / 12 + np.pi - phase)      # a slow one that starts elsewhere
+        assert np.allclose(lift[::4], slow[::4]) and not np.allclose(lift[::2], slow[::2], atol=.2)
+    for lift in lifts("PushUpsSlow"): assert np.allclose(lift[12:], lift[:-12]) and not np.allclose(lift[6:], lift[:-6], atol=.2)
+
+
+def test_twins_of_a_global_pair_are_the_same_video_up_to_the_second_phase(monkeypatch):
+    for pair in (("SameHand", "OtherHand"), ("ComesBack", "PassesThrough")):
+        same, other = twins(monkeypatch, pair)
+        differs = np.flatnonzero(np.abs(same - other).max((1, 2, 3)) > 1)
+        assert differs[-1] - differs[0] < mini.PHASE and len(differs) >= mini.PHASE - 2 and differs[0] >= mini.PHASE + 13
+
+
+def test_the_longest_neutral_stretch_grows_with_the_gap():
+    ranges = {name: required_range(name) for name in CLASSES}
+    assert all(ranges[name] == ranges[TWIN[name]] for name in CLASSES)
+    assert max(ranges[n][0] for n in CLASSES if KIND[n] == "local") < min(ranges[n][0] for n in CLASSES if KIND[n] == "balanced")
+    assert max(ranges[n][0] for n in CLASSES if KIND[n] == "balanced") < min(ranges[n][0] for n in CLASSES if KIND[n] == "global")
+    for name in CLASSES:
+        long, large = required_range(name, Spec(gap=20, frames=64)), required_range(name, Spec(size=128))
+        assert long[0] - ranges[name][0] == (7 if KIND[name] == "global" else 0) and large == (ranges[name][0], 2 * ranges[name][1])
+
+
+def test_probe_finds_nothing_in_windows_and_a_leak_when_there_is_one():
+    table = lambda gap, *views: probe_table(Spec(size=32, gap=gap), groups=24, clips=2, pairs=[("SameHand", "OtherHand")], views=views)[("SameHand", "OtherHand")]
+    built, leaky = table(13, "single window", "bag of windows", "full clip, coarse"), table(0, "bag of windows")
+    for view in ("single window", "bag of windows"): assert built[view][0] < .65 and built[view][1] < .5, f"the pair leaks into a {view}: {built[view]}"
+    assert built["full clip, coarse"][0] > .85
+    assert leaky["bag of windows"][1] > .6
+
+
+# ---- layout and knobs
+
+def test_layout_lists_and_records(small):
+    lists = {p.name: p.read_text().splitlines() for p in (small / "ucfTrainTestlist").iterdir()}
+    assert lists["classInd.txt"] == ["1 SameHand", "2 TwirlForward"]
+    assert lists["testlist01.txt"] == ["SameHand/v_SameHand_g01_c01.mp4", "TwirlForward/v_TwirlForward_g01_c01.mp4"]
+    assert lists["trainlist01.txt"][0] == "SameHand/v_SameHand_g02_c01.mp4 1" and len(lists["trainlist01.txt"]) == 6
+    train, test = (datasets.load("ucf101", small, subset=s) for s in ("train", "test"))
+    assert (train.expected, train.found, test.expected, test.found) == (6, 6, 2, 2) and train.classes == ["SameHand", "TwirlForward"]
+    assert not {r.source for r in train.records} & {r.source for r in test.records}
+    parts = datasets.cut_parts(train)
+    assert {len(p) for p in parts.values()} == {2}
+
+
+def test_files_hold_the_rendered_frames(small):
+    from mbd.video import read_frames
+    stored = read_frames(small / "UCF-101/SameHand/v_SameHand_g02_c01.mp4", range(32))
+    drawn = render(Spec(**SMALL), "SameHand", 2, 1)
+    assert stored.shape == drawn.shape and np.abs(stored.astype(int) - drawn).mean() < 12
+
+
+def test_the_description_says_what_is_known_by_construction(small):
+    about = json.loads((small / "miniactions.json").read_text())
+    assert about["status"] == "complete" and about["generator"] == generator_id(Spec(**SMALL))
+    assert about["classes"]["SameHand"] == {"kind": "global", "twin": "OtherHand", "required_range": [15, 15]}
+
+
+def test_equal_knobs_give_equal_bytes_and_other_seeds_other_ones(small, tmp_path):
+    again, other = generate(tmp_path / "a", workers=1, **SMALL), generate(tmp_path / "b", workers=2, **SMALL, seed=1)
+    assert hashes(again) == hashes(small)
+    assert all(a.read_bytes() != b.read_bytes() for a, b in zip(videos(small), videos(other)))
+
+
+def test_bytes_do_not_depend_on_which_classes_are_chosen(small, tmp_path):
+    other = generate(tmp_path / "a", workers=2, **{**SMALL, "classes": ("PushUpsFast", "SameHand")})
+    for p in (small / "UCF-101/SameHand").iterdir(): assert p.read_bytes() == (other / "UCF-101/SameHand" / p.name).read_bytes()
+    assert "2 SameHand" in (other / "ucfTrainTestlist/classInd.txt").read_text()
+
+
+def test_numbers_of_groups_and_clips(needs_coding, tmp_path):
+    spec = check(Spec(classes=("OtherHand", "PushUpsFast"), train_groups=2, test_groups=1, clips=2, size=16))
+    seen = []
+    folder = generate(tmp_path / "a", workers=2, spec=spec, progress=lambda *x: seen.append(x))
+    assert len(videos(folder)) == 2 * 3 * 2 and seen[-1] == (12, 12)
+    assert len({r.source for r in datasets.load("ucf101", folder).records}) == 4
+
+
+@pytest.mark.parametrize("knobs, words", [
+    (dict(classes=("SameHand", "Jump")), "classes: unknown class 'Jump'; choose from TwirlForward"), (dict(classes=("SameHand",)), "at least two different"), (dict(classes=("SameHand", "SameHand")), "at least two different"),
+    (dict(frames=20), "frames: 20 is too short for gap 13: the phases need 32"), (dict(gap=-1), "gap: -1 is outside"), (dict(gap=14), "too short for gap 14"), (dict(size=33), "size: 33 is odd"), (dict(size=8), "size: 8 is outside"),
+    (dict(size=64.0), "size: 64.0"), (dict(difficulty=-.5), "difficulty: -0.5"), (dict(difficulty=float("nan")), "difficulty: nan"), (dict(seed=-1), "seed: -1"), (dict(seed=True), "seed: True"), (dict(clips=0), "clips: 0"),
+    (dict(train_groups=90), "train_groups \\+ test_groups = 115"), (dict(test_groups=0), "test_groups: 0"), (dict(frames="32"), "frames: '32'"), (dict(gaps=3), "unknown knob 'gaps'; choose from classes"), (dict(layout="hmdb51"), "layout: 'hmdb51' is not built"),
+    (dict(spec=Spec(), size=32), "either spec or knobs, not both"),
+])
+def test_bad_knobs_are_named_before_anything_is_written(tmp_path, knobs, words):
+    with pytest.raises(ValueError, match=words): generate(tmp_path / "a", **knobs)
+    assert not (tmp_path / "a").exists()
+
+
+def test_frames_need_only_hold_what_the_chosen_classes_need():
+    assert check(Spec(classes=("TwirlForward", "PushUpsSlow"), frames=8)) and check(Spec(classes=("LeftThenRight", "RightThenLeft"), frames=15))
+    with pytest.raises(ValueError, match="need 15"): check(Spec(classes=("LeftThenRight", "RightThenLeft"), frames=14))
+    assert render(Spec(classes=("SameHand", "OtherHand"), frames=29, size=16), "SameHand", 1, 1).shape[0] == 29
+    assert render(Spec(frames=32, size=16), "ComesBack", 1, 1).shape[0] == 32
+
+
+def test_sized():
+    for train, test in [(80, 40), (2400, 1000), (1, 1)]:
+        spec = sized(train, test)
+        assert spec.train_groups * spec.clips * 10 >= train and spec.test_groups * spec.clips * 10 >= test
+    assert sized(30, 10, classes=("SameHand", "OtherHand"), seed=4).seed == 4
+    with pytest.raises(ValueError, match="train_videos = 1000000"): sized(10**6, 10)
+
+
+def test_generator_id_names_version_and_knobs():
+    assert generator_id(Spec()).startswith(f"{mini.VERSION}/") and generator_id(Spec()) == generator_id(Spec())
+    assert len({generator_id(Spec(**k)) for k in ({}, dict(seed=1), dict(gap=12), dict(size=32), dict(classes=CLASSES[::-1]))}) == 5
+    assert generator_id(Spec(difficulty=1)) == generator_id(Spec(difficulty=1.0))      # equal specs, equal ids
+
+
+# ---- interrupted, resumed, refused
+
+SCRIPT = "import sys; from mbd import miniactions as m; m.generate(sys.argv[1], classes=('SameHand', 'OtherHand'), train_groups=30, test_groups=10, clips=3, frames=40, size=32, workers=2)"
+KNOBS = dict(classes=("SameHand", "OtherHand"), train_groups=30, test_groups=10, clips=3, frames=40, size=32)
+TOTAL = 2 * 40 * 3
+
+
+def begin(folder, script=SCRIPT):
+    "Start a generation in a session of its own and return once some videos are there."
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while len(videos(folder)) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(.005)
+    return process
+
+
+def end(process):
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    process.wait()
+
+
+@needs_groups
+def test_kill_9_in_the_middle_then_again_gives_the_same_set(needs_coding, tmp_path):
+    process = begin(tmp_path / "a")
+    end(process)
+    made = {p.name: p.read_bytes() for p in videos(tmp_path / "a")}
+    assert 0 < len(made) < TOTAL
+    for subset in ("train", "test"):
+        with pytest.raises(FileNotFoundError): datasets.load("ucf101", tmp_path / "a", subset=subset)
+    assert json.loads((tmp_path / "a/miniactions.json").read_text())["status"] == "generating"
+    generate(tmp_path / "a", workers=2, **KNOBS)
+    generate(tmp_path / "b", workers=2, **KNOBS)
+    whole = hashes(tmp_path / "b")
+    assert len(videos(tmp_path / "b")) == TOTAL and hashes(tmp_path / "a") == whole
+    assert all(p.read_bytes() == made[p.name] for p in videos(tmp_path / "a") if p.name in made)      # what was there was whole and kept
+    assert datasets.load("ucf101", tmp_path / "a").found == 2 * 30 * 3
+
+
+@needs_groups
+def test_killing_only_the_parent_stops_the_workers(needs_coding, tmp_path):
+    process = begin(tmp_path / "a")
+    try:
+        process.kill(); process.wait(); time.sleep(1)
+        count = len(videos(tmp_path / "a"))
+        time.sleep(1.5)
+        assert count == len(videos(tmp_path / "a")) < TOTAL
+    finally: end(process)
+
+
+@needs_groups
+def test_a_parent_that_dies_while_its_workers_start_leaves_none_working(needs_coding, tmp_path):
+    script = SCRIPT.replace("; m.generate", "; import os, signal; m.time.sleep = lambda s: os.kill(os.getpid(), signal.SIGKILL); m.generate")
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a")], start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    try:
+        assert process.wait(60) == -signal.SIGKILL
+        time.sleep(3)
+        assert len(videos(tmp_path / "a")) <= 2
+    finally: end(process)
+
+
+def test_workers_that_start_late_leave_no_hole(needs_coding, tmp_path, monkeypatch):
+    real = subprocess.Popen
+    def late(*given, **more):
+        process = real(*given, **more); time.sleep(1)
+        return process
+    monkeypatch.setattr(mini.subprocess, "Popen", late)
+    folder = generate(tmp_path / "a", workers=2, **SMALL)
+    for subset in ("train", "test"): assert datasets.load("ucf101", folder, subset=subset).missing == []
+
+
+@pytest.mark.parametrize("workers", [0, -1, 2.5])
+def test_an_odd_number_of_workers_never_makes_an_empty_set_look_whole(needs_coding, tmp_path, workers):
+    try: folder = generate(tmp_path / "a", workers=workers, **SMALL)
+    except (ValueError, TypeError): return
+    assert len(videos(folder)) == 8
+
+
+def test_a_missing_video_is_made_again(small, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(small, folder)
+    whole = hashes(folder)
+    videos(folder)[3].unlink()
+    generate(folder, workers=2, **SMALL)
+    assert hashes(folder) == whole
+
+
+def test_a_complete_set_is_left_as_it_is(small):
+    times = {p: p.stat().st_mtime_ns for p in videos(small)}
+    generate(small, workers=2, **SMALL)
+    assert times == {p: p.stat().st_mtime_ns for p in videos(small)}
+
+
+def test_another_set_in_the_same_folder_is_refused(small):
+    before = hashes(small)
+    for change, words in [(dict(seed=5), "seed 0 there, 5 asked"), (dict(clips=2), "clips 1 there, 2 asked"), (dict(classes=("TwirlForward", "SameHand")), "classes")]:
+        with pytest.raises(ValueError, match=words): generate(small, workers=2, **{**SMALL, **change})
+    assert hashes(small) == before
+
+
+def test_a_set_of_another_version_is_refused(small, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(small, folder)
+    about = json.loads((folder / "miniactions.json").read_text())
+    (folder / "miniactions.json").write_text(json.dumps({**about, "generator": "0/01234567"}))
+    videos(folder)[0].unlink()      # else old and new frames would be mixed
+    with pytest.raises(ValueError, match="another"): generate(folder, workers=2, **SMALL)
+
+
+@pytest.mark.parametrize("text", ["", "garbage", '{"status": "complete", "spec": {"size": 3', "[]", "{}", "null", '{"spec": []}', '{"spec": null, "status": "complete"}', '{"spec": {"sise": 3}, "status": "complete"}',
+                                  '{"spec": {"classes": 5}, "status": "complete"}', '{"spec": {}}'])
+def test_a_damaged_description_is_refused_with_a_remedy(tmp_path, text):
+    (tmp_path / "miniactions.json").write_text(text)
+    with pytest.raises(ValueError, match="miniactions.json: not the description.*delete"): generate(tmp_path, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["miniactions.json"]
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="not empty"): generate(tmp_path, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_killed_before_the_first_worker_then_again(needs_coding, tmp_path, monkeypatch):
+    for i, inner in enumerate(("_describe", "_write_atomic", "_run_workers")):
+        folder = tmp_path / str(i)
+        with monkeypatch.context() as m:
+            def killed(*given): raise KeyboardInterrupt
+            m.setattr(mini, inner, killed)
+            with pytest.raises(KeyboardInterrupt): generate(folder, workers=2, **SMALL)
+        assert len(videos(generate(folder, workers=2, **SMALL))) == 8
+
+
+def test_a_failing_worker_is_heard_and_what_was_made_is_kept(needs_coding, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"; broken.mkdir()
+    (broken / "av.py").write_text("raise ImportError('no codec on this machine')")
+    folder = tmp_path / "a"
+    with monkeypatch.context() as m:
+        m.syspath_prepend(str(broken))
+        with pytest.raises(RuntimeError, match="(?s)worker failed.*run again.*no codec on this machine"): generate(folder, workers=2, **SMALL)
+    with pytest.raises(FileNotFoundError): datasets.load("ucf101", folder)
+    assert len(videos(generate(folder, workers=2, **SMALL))) == 8
+
+
+def test_stopping_by_hand_ends_the_workers(needs_coding, tmp_path):
+    def stop(done, total):
+        if done: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): generate(tmp_path / "a", workers=2, progress=stop, **KNOBS)
+    count = len(videos(tmp_path / "a")); time.sleep(1)
+    assert count == len(videos(tmp_path / "a")) < TOTAL
+
+
+if __name__ == "__main__":
+    kept = json.loads(REFERENCE.read_text()) if REFERENCE.exists() else {}
+    kept[str(mini.VERSION)] = {name: coarse(render(Spec(), name, 1, 1)) for name in CLASSES}
+    REFERENCE.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
