@@ -120,12 +120,12 @@ COMMON = (
     Parameter("reports", str, None, "folder of the run folders; None: as in settings.ini"),
 )
 
-# %% ../nbs/16_experiment.ipynb #e3aedec3
+# %% ../nbs/16_experiment.ipynb #bfe67676
 PRESETS = {
     "smoke": dict(generator_seed=0, train_videos=80, test_videos=40, frames=16, size=56, views=1, warm_up_epochs=1, distil_epochs=1,
                   batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
     "mini": dict(generator_seed=0, train_videos=2000, test_videos=1000, frames=16, size=56, views=1, warm_up_epochs=6, distil_epochs=2,
-                 batch_size=16, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
+                 batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
 }
 
 # %% ../nbs/16_experiment.ipynb #536403bd
