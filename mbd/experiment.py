@@ -120,11 +120,11 @@ COMMON = (
     Parameter("reports", str, None, "folder of the run folders; None: as in settings.ini"),
 )
 
-# %% ../nbs/16_experiment.ipynb #bfe67676
+# %% ../nbs/16_experiment.ipynb #0c8cda3d
 PRESETS = {
     "smoke": dict(generator_seed=0, train_videos=80, test_videos=40, frames=16, size=56, views=1, warm_up_epochs=1, distil_epochs=1,
                   batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
-    "mini": dict(generator_seed=0, train_videos=2000, test_videos=1000, frames=16, size=56, views=1, warm_up_epochs=6, distil_epochs=2,
+    "mini": dict(generator_seed=0, train_videos=1600, test_videos=1000, frames=16, size=56, views=1, warm_up_epochs=6, distil_epochs=2,
                  batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
 }
 
@@ -396,11 +396,11 @@ def commit(folder=None) -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
-# %% ../nbs/16_experiment.ipynb #f0f579f5
+# %% ../nbs/16_experiment.ipynb #65497f95
 def versions() -> dict:
     "Versions of Python and of what the kit computes with; what is not installed is left out."
     found = {"python": platform.python_version()}
-    for name in ("mbd-kit", "torch", "torchvision", "timm", "numpy", "av", "decord", "eva-decord", "papermill"):
+    for name in ("mbd-kit", "torch", "torchvision", "timm", "numpy", "av", "decord", "decord2", "papermill"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -1,0 +1,317 @@
+import copy, math
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, pytest, torch
+from mbd import training
+from mbd.clips import ClipDataset, View
+from mbd.datasets import Record
+from mbd.distillation import Distillation
+from mbd.dominance import DominanceMap
+from mbd.fusion import AdaptiveFusion, MeanFusion
+from mbd.global_stream import GlobalStream
+from mbd.local_stream import LocalStream
+from mbd.model import MBD
+from mbd.training import Training, calibrate, fit_fusions, measure_map, optimiser, predict, train
+
+CLASSES = ["red", "green", "blue"]
+VIEWS = View(6, 1, 16), View(3, 2, 8)
+TEACH = Distillation(only_right_teacher=False)
+
+
+def videos(count=24, seed=0):
+    "Noise with a tint: easy."
+    rng, records, frames = np.random.default_rng(seed), [], {}
+    for i in range(count):
+        label, name = i % 3, f"v{i:02d}"
+        picture = rng.integers(60, 160, (8, 20, 20, 3))
+        picture[..., label] += 90
+        frames[name] = picture.astype(np.uint8)
+        records.append(Record(name, Path(name), label, f"{CLASSES[label]}_g{i // 6:02d}"))
+    return records, frames
+
+
+def data(train=True, **more): return ClipDataset(*videos(**{k: more.pop(k) for k in ("count",) if k in more}), *VIEWS, train=train, **more)
+
+
+def make(seed=0, mapped=True):
+    torch.manual_seed(seed)
+    model = MBD(LocalStream(3, (4, 6), (3, 3)), GlobalStream(3, frames=3, width=12, depth=1, heads=3, grid=2), CLASSES, *VIEWS)
+    if mapped: model.map = DominanceMap(CLASSES, [8] * 3, [4] * 3, [.8, .5, .2], [.7, .4, .1], [.9, .6, .3], ["local", "balanced", "global"], .5)
+    return model
+
+
+def weights(module): return {n: v.clone() for n, v in module.state_dict().items()}
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def trained(settings=Training(epochs=1, batch_size=8), distillation=None, seed=0, change=None, **more):
+    model = make(seed)
+    if change: change(model)
+    rows = train(model, data(), settings, distillation=distillation, **more)
+    return model, rows
+
+
+# ---- what a stage does
+
+def test_losses_fall_and_both_streams_learn():
+    model, rows = trained(Training(epochs=6, batch_size=8, learning_rate=1e-2))
+    for stream in ("local", "global"):
+        loss = [r["loss"] for r in rows if r["stream"] == stream]
+        assert loss[-1] < .6 * loss[0] and [r for r in rows if r["stream"] == stream][-1]["accuracy"] > .8
+    answers = predict(model, data(False))
+    for z in (answers.local, answers.global_): assert (z.mean(1).argmax(1) == answers.labels).float().mean() > .8
+
+
+def test_rows_tell_stage_epoch_and_stream():
+    logged, steps = [], []
+    _, rows = trained(Training(epochs=2, batch_size=10), TEACH, stage="distil", log=logged.append, progress=lambda *x: steps.append(x))
+    assert logged == rows and [(r["stage"], r["epoch"], r["stream"]) for r in rows] == [("distil", e, s) for e in (1, 2) for s in ("local", "global")]
+    assert steps == [(i, 4) for i in range(1, 5)]      # 24 clips: two batches of ten an epoch
+    for r in rows:
+        assert 0 <= r["accuracy"] <= 1 and r["loss"] > 0 and r["seconds"] > 0 and {"taught_global", "taught_local", "final_to_global", "intermediate_to_local"} <= set(r)
+        assert abs(r["taught_global"] - 1 / 3) < .15 and abs(r["taught_local"] - 1 / 3) < .15
+
+
+def test_loss_and_accuracy_of_a_row_are_means_over_the_clips():
+    model = make()
+    reference, part = copy.deepcopy(model).train(), data()
+    rows = train(model, part, Training(epochs=1, batch_size=24, seed=3))
+    part.seed, part.epoch = 3, 0
+    [batch] = training.batches(part, 24)
+    logits = reference.local(batch["local"]).logits
+    assert rows[0]["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch["label"]).item(), abs=1e-5)
+    assert rows[0]["accuracy"] == pytest.approx((logits.argmax(1) == batch["label"]).float().mean().item())
+
+
+def test_the_same_seed_gives_identical_weights():
+    first, again, other = trained(distillation=TEACH)[0], trained(distillation=TEACH)[0], trained(replace(Training(epochs=1, batch_size=8), seed=1), TEACH)[0]
+    assert equal(weights(first), weights(again)) and not equal(weights(first), weights(other))
+
+
+def test_a_stage_does_not_depend_on_what_its_data_served_before():
+    used = data()
+    train(make(5), used, Training(epochs=3, batch_size=4, seed=9))
+    a, b = make(), make()
+    train(a, used, Training(epochs=1, batch_size=8)); train(b, data(), Training(epochs=1, batch_size=8))
+    assert equal(weights(a), weights(b))
+
+
+def test_no_epochs_change_nothing():
+    model = make()
+    before = weights(model)
+    assert train(model, data(), Training(epochs=0), distillation=TEACH) == [] and equal(before, weights(model))
+
+
+def test_fewer_videos_than_a_batch():
+    model = make()
+    rows = train(model, data(count=6), Training(epochs=1, batch_size=16), distillation=TEACH)
+    assert len(rows) == 2 and all(math.isfinite(r["loss"]) for r in rows)
+
+
+def test_a_trained_model_is_left_ready_to_answer(): assert not trained()[0].training
+
+
+# ---- teaching
+
+def test_directed_teaching_differs_from_none_and_arms_from_each_other():
+    by_arm = {arm: weights(trained(distillation=replace(TEACH, arm=arm))[0]) for arm in ("directed", "both", "reversed", "none")}
+    for arm, w in by_arm.items(): assert all(equal(w, other) == (arm == name) for name, other in by_arm.items())
+
+
+def test_arm_none_takes_exactly_the_steps_of_the_control():
+    control, rows = trained(Training(epochs=2, batch_size=8))
+    none, same = trained(Training(epochs=2, batch_size=8), replace(TEACH, arm="none"))
+    assert equal(weights(control), weights(none)) and [r["loss"] for r in rows] == [r["loss"] for r in same]
+    assert equal(weights(trained(change=lambda m: setattr(m, "map", None), distillation=replace(TEACH, arm="none"))[0]), weights(trained()[0]))      # which needs no map
+
+
+def test_teaching_with_no_weight_is_the_control_too():
+    assert equal(weights(trained(distillation=replace(TEACH, final_weight=0., intermediate_weight=0.))[0]), weights(trained()[0]))
+
+
+@pytest.mark.parametrize("group, taught", [("local", "global_"), ("global", "local")])
+def test_the_dominant_stream_teaches_the_other_and_is_left_alone(group, taught):
+    def one_way(model): model.map.group = [group] * 3
+    plain, directed = trained()[0], trained(distillation=TEACH, change=one_way)[0]
+    for stream in ("local", "global_"):
+        assert equal(weights(getattr(plain, stream)), weights(getattr(directed, stream))) == (stream != taught)
+
+
+def test_balanced_classes_are_not_taught():
+    def balanced(model): model.map.group = ["balanced"] * 3
+    assert equal(weights(trained(distillation=TEACH, change=balanced)[0]), weights(trained()[0]))
+
+
+def test_teachers_stay_as_they_were_and_get_no_gradient(monkeypatch):
+    kept, inner = [], training._teachers
+    def spy(model):
+        kept.append(inner(model))
+        kept.append([weights(t) for t in kept[0]])
+        return kept[0]
+    monkeypatch.setattr(training, "_teachers", spy)
+    start = make()
+    model, _ = trained(Training(epochs=2, batch_size=8), TEACH)
+    teachers, before = kept
+    for teacher, then, begun, student in zip(teachers, before, (start.local, start.global_), (model.local, model.global_)):
+        assert equal(weights(teacher), then) and equal(then, weights(begun)) and not teacher.training
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+        assert not equal(then, weights(student)) and all(p.requires_grad for p in student.parameters())
+
+
+def test_teachers_are_calibrated():
+    def hot(model): model.temperature.copy_(torch.tensor([5., .2]))
+    assert not equal(weights(trained(distillation=TEACH, change=hot)[0]), weights(trained(distillation=TEACH)[0]))
+    assert trained(distillation=TEACH, change=hot)[0].temperature.tolist() == pytest.approx([5., .2])      # measured anew by measure_map only
+
+
+def test_teaching_pulls_the_student_to_its_teacher():
+    def one_way(model): model.map.group = ["local"] * 3
+    _, rows = trained(Training(epochs=4, batch_size=8, learning_rate=5e-3), replace(TEACH, final_weight=20.), change=one_way)
+    assert rows[-1]["final_to_global"] < .6 * rows[0]["final_to_global"]
+
+
+def test_teaching_without_a_map_is_refused_before_anything_happens():
+    model = make(mapped=False)
+    before = weights(model)
+    with pytest.raises(ValueError, match="dominance map.*measure_map"): train(model, data(), distillation=TEACH)
+    assert equal(before, weights(model))
+
+
+# ---- steps
+
+def spike(model): model.global_.head.weight.data.mul_(1e4)
+
+
+@pytest.mark.parametrize("teach", [None, replace(TEACH, arm="none")])
+def test_a_spike_in_one_stream_does_not_change_the_steps_of_the_other(teach):
+    calm, wild = trained(distillation=teach)[0], trained(distillation=teach, change=spike)[0]
+    assert equal(weights(calm.local), weights(wild.local)) and not equal(weights(calm.global_.stem), weights(wild.global_.stem))
+
+
+def test_a_spike_in_one_stream_does_not_change_the_steps_of_the_other_while_it_teaches():
+    def one_way(model): model.map.group = ["local"] * 3      # only the global stream is taught
+    assert equal(weights(trained(distillation=TEACH, change=one_way)[0].local), weights(trained(distillation=TEACH, change=lambda m: (one_way(m), spike(m)))[0].local))
+
+
+def test_gradients_of_each_stream_are_clipped(monkeypatch):
+    norms, inner = [], torch.optim.AdamW.step
+    def spy(self, *given, **more):
+        norms.append(torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm().item())
+        return inner(self, *given, **more)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    trained(Training(epochs=1, batch_size=8, clip_norm=.01), change=spike)
+    assert len(norms) == 6 and max(norms) <= .01 + 1e-5 and min(norms) > .005
+
+
+@pytest.mark.parametrize("stream", ["local", "global_"])
+def test_a_loss_that_is_not_finite_stops_at_once_with_stage_and_epoch(stream):
+    def broken(model): getattr(model, stream).head.bias.data.fill_(float("nan"))
+    model = make(); broken(model)
+    before = {n: v for n, v in weights(model).items() if n.endswith(("weight", "moment", "place")) }
+    with pytest.raises(FloatingPointError, match="distil, epoch 1: the loss is nan; lower the learning rate"): train(model, data(), stage="distil")
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
+
+
+def test_biases_norms_and_positions_are_spared_from_decay():
+    model = make()
+    for stream in (model.local, model.global_):
+        adam, schedule = optimiser(stream, 1e-2, 10, .3)
+        names = {id(p): n for n, p in stream.named_parameters()}
+        groups = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in adam.param_groups}
+        assert set(groups) == {.3, 0.} and groups[.3] | groups[0.] == set(names.values()) and "head.weight" in groups[.3]
+        assert all(n.endswith("bias") or "norm" in n or n in ("moment", "place") or dict(stream.named_parameters())[n].ndim == 1 for n in groups[0.])
+    rates = []
+    for _ in range(10): rates.append(adam.param_groups[0]["lr"]); adam.step(); schedule.step()
+    assert max(rates) == pytest.approx(1e-2, rel=.1) and rates[0] < .1 * max(rates) and rates[-1] < .1 * max(rates)
+
+
+@pytest.mark.parametrize("teach", [None, TEACH])
+def test_bfloat16_stays_finite_and_near(teach):
+    half, rows = trained(Training(epochs=2, batch_size=8, precision="bfloat16"), teach)
+    _, full = trained(Training(epochs=2, batch_size=8), teach)
+    assert all(v.dtype == w.dtype and torch.isfinite(v).all() for v, w in zip(weights(half).values(), weights(make()).values()))
+    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in full], rel=.1) and [r["loss"] for r in rows] != [r["loss"] for r in full]
+
+
+@pytest.mark.parametrize("change, words", [(dict(epochs=-1), "epochs"), (dict(epochs=1.5), "epochs"), (dict(batch_size=1), "batch_size must be a whole number of at least 2"), (dict(precision="float16"), "precision must be float32 or bfloat16, not 'float16'"),
+                                           (dict(learning_rate=0), "learning_rate must be above 0"), (dict(learning_rate=float("nan")), "learning_rate"), (dict(clip_norm=-1), "clip_norm")])
+def test_impossible_settings(change, words):
+    with pytest.raises(ValueError, match=words): Training(**change)
+
+
+# ---- predictions, map, fusions
+
+@pytest.mark.parametrize("clips, batch", [(1, 50), (3, 5)])
+def test_predictions_cover_each_video_once(clips, batch):
+    model, part, seen = make().train(), data(False, clips=clips), []
+    answers = predict(model, part, batch, progress=lambda *x: seen.append(x))
+    assert answers.ids == [r.id for r in part.records] == sorted(set(answers.ids)) and answers.labels.tolist() == [r.label for r in part.records] and answers.sources == part.sources
+    assert answers.local.shape == answers.global_.shape == (24, clips, 3) and seen[-1] == (24 * clips, 24 * clips) and not answers.local.requires_grad
+    with torch.no_grad(): one = model(part[7 * clips + clips - 1]["local"][None], part[7 * clips + clips - 1]["global_"][None])
+    assert torch.allclose(answers.local[7, -1], one.local.logits[0], atol=1e-5) and torch.allclose(answers.global_[7, -1], one.global_.logits[0], atol=1e-5)
+
+
+def test_views_are_averaged_as_calibrated_probabilities():
+    answers = predict(make(), data(False, clips=3))
+    for z, raw, t in zip(calibrate(answers, torch.tensor([2., .5])), (answers.local, answers.global_), (2., .5)):
+        assert z.shape == (24, 3) and z.dtype == torch.float64 and torch.allclose(z.exp(), (raw.double() / t).softmax(2).mean(1)) and torch.allclose(z.exp().sum(1), torch.ones(24).double())
+
+
+def test_random_cuts_are_no_test():
+    with pytest.raises(ValueError, match="train=False"): predict(make(), data(True))
+
+
+def test_the_map_is_measured_and_the_temperatures_with_it():
+    model, _ = trained(Training(epochs=3, batch_size=8))
+    model.map = None
+    before, part = weights(model), data(False, clips=2)
+    answers = measure_map(model, part, seed=4)
+    assert model.map.classes == CLASSES and model.map.n.tolist() == [8, 8, 8] and model.map.num_sources.tolist() == [4, 4, 4] and (model.temperature != 1).all()
+    assert torch.equal(answers.local, predict(model, part).local)
+    assert all(torch.equal(v, before[n]) for n, v in weights(model).items() if n != "temperature")
+    again = copy.deepcopy(model)
+    measure_map(again, part, seed=4)
+    assert again.map.to_dict() == model.map.to_dict() and torch.equal(again.temperature, model.temperature)
+    measure_map(again, part, seed=5)
+    assert torch.equal(again.map.share, model.map.share)      # the seed is of the intervals only
+    assert not torch.equal(again.map.low, model.map.low)
+
+
+def test_a_better_local_stream_has_the_larger_share():
+    model = make(mapped=False)
+    model.local, model.global_ = trained(Training(epochs=6, batch_size=8, learning_rate=1e-2))[0].local, make(9).global_
+    measure_map(model, data(False))
+    assert model.map.reference > .6
+
+
+def test_fusions_are_fitted_on_the_gate_and_the_adaptive_one_is_set():
+    model, _ = trained(Training(epochs=3, batch_size=8))
+    measure_map(model, data(False))
+    before, map_before = weights(model.local) | weights(model.global_), model.map.to_dict()
+    fusions, best = fit_fusions(model, data(False))
+    assert list(fusions) == ["average", "scalar", "adaptive"] and best in ("local", "global", "average", "scalar")
+    assert model.fusion is fusions["adaptive"] and isinstance(model.fusion, AdaptiveFusion) and torch.allclose(model.fusion.logit_share.double(), model.map.logit_share, atol=1e-6)
+    assert (float(model.fusion.slope), float(model.fusion.bias)) != (1., 0.) and float(fusions["scalar"].bias) != 0
+    assert equal(before, weights(model.local) | weights(model.global_)) and model.map.to_dict() == map_before
+    pair = [z.exp() for z in calibrate(predict(model, data(False)), model.temperature)]
+    with torch.no_grad(): out = model(*(torch.stack([data(False)[i][k] for i in range(24)]) for k in ("local", "global_")))
+    assert torch.allclose(out.fused.double(), fusions["adaptive"](*pair).double(), atol=1e-4)      # a model answers as its evaluation does
+
+
+def test_fusions_without_a_map_are_refused():
+    model = make(mapped=False)
+    with pytest.raises(ValueError, match="dominance map.*measure_map"): fit_fusions(model, data(False))
+    assert isinstance(model.fusion, MeanFusion)
+
+
+def test_the_whole_schedule_then_save_and_load(tmp_path):
+    model, _ = trained(Training(epochs=2, batch_size=8))
+    measure_map(model, data(False)); train(model, data(), Training(epochs=1, batch_size=8), "distil", TEACH)
+    measure_map(model, data(False)); fit_fusions(model, data(False))
+    again = MBD.load(model.save(tmp_path / "m"))
+    a, b = (predict(m, data(False)) for m in (model, again))
+    assert torch.equal(a.local, b.local) and torch.equal(a.global_, b.global_) and torch.equal(model.temperature, again.temperature)
+    continued = [weights((train(m, data(), Training(epochs=1, batch_size=8), "distil", TEACH), m)[1]) for m in (model, again)]
+    assert equal(*continued)
