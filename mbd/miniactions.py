@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'CLASSES', 'KIND', 'TWIN', 'VERSION', 'QUICK_GAP', 'QUICK', 'PHASE', 'VIEWS', 'Spec', 'check', 'sized',
-           'required_range', 'capsule', 'render', 'generator_id', 'generate', 'probe', 'probe_table']
+           'required_range', 'capsule', 'render', 'generator_id', 'generate', 'probe', 'sample']
 
-# %% ../nbs/04_miniactions.ipynb #109790d5
+# %% ../nbs/04_miniactions.ipynb #55a0a887
 import hashlib, json, os, shutil, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import numpy as np
@@ -331,20 +332,14 @@ def probe(
     error = np.sqrt(sum((right[groups[test] == g] - mean).sum()**2 for g in np.unique(groups[test]))) / len(right)
     return float(mean), float(mean - 1.96*error), float(mean + 1.96*error)
 
-# %% ../nbs/04_miniactions.ipynb #51cc193c
-def probe_table(
-    spec=Spec(), # the set to examine
-    groups=80, # groups a class
+# %% ../nbs/04_miniactions.ipynb #5a003b6a
+def sample(
+    spec, # the set
+    pair, # two classes of it
+    groups=60, # groups a class
     clips=2, # clips a group
-    coded=None, # a function (frames -> frames) that codes and decodes; None: the frames as rendered
-    pairs=None, # which pairs; None: all of the set
-    views=tuple(VIEWS), # which probes
-) -> dict: # {pair: {view: (accuracy, low, high)}}
-    "What each kind of view can tell about each pair of the set."
-    table = {}
-    for pair in pairs or [p for p in PAIRS if set(p) <= set(spec.classes)]:
-        made = [(name == pair[0], g + 1000*(name == pair[0]), render(spec, name, g, c)) for name in pair for g in range(1, groups + 1) for c in range(1, clips + 1)]
-        labels, group, videos = (np.array(column) for column in zip(*made))
-        if coded: videos = np.stack([coded(v) for v in videos])
-        table[pair] = {view: probe(videos, labels, group, view) for view in views}
-    return table
+) -> tuple: # videos uint8 (N, T, S, S, 3), labels (N,), groups (N,)
+    "Freshly rendered videos of one pair, ready for `probe`; a group of the first class is another scene than that of the second."
+    made = [(name, g, c) for name in pair for g in range(1, groups + 1) for c in range(1, clips + 1)]
+    with ThreadPoolExecutor(2) as pool: videos = list(pool.map(lambda key: render(spec, *key), made))
+    return np.stack(videos), np.array([name == pair[0] for name, _, _ in made]), np.array([g + 1000*(name == pair[0]) for name, g, _ in made])

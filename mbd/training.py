@@ -123,7 +123,7 @@ def _rows(stage, epoch, sums, seen, seconds):
     rest = {name: value for name, value in mean.items() if name.split()[0] not in ("local", "global")}
     return [dict(stage=stage, epoch=epoch, stream=s, loss=mean[f"{s} loss"], accuracy=mean[f"{s} right"], seconds=seconds, **rest) for s in ("local", "global")]
 
-# %% ../nbs/13_training.ipynb #b1c7ead1
+# %% ../nbs/13_training.ipynb #af32dd01
 @dataclass
 class Predictions:
     "What both streams answer to the videos of one data set, in its order."
@@ -158,7 +158,7 @@ def calibrate(
     "Calibrated log-probabilities of both streams, views averaged."
     return tuple(average_views(logits / t) for logits, t in zip((predictions.local, predictions.global_), temperature.cpu()))
 
-# %% ../nbs/13_training.ipynb #c637ee97
+# %% ../nbs/13_training.ipynb #ba4f6973
 def measure_map(
     model, # an MBD; its temperature and map are set
     data, # a ClipDataset with train=False: the map part
@@ -171,7 +171,7 @@ def measure_map(
     model.map = measure(*calibrate(answers, model.temperature), answers.labels, answers.sources, model.classes, seed=seed)
     return answers
 
-# %% ../nbs/13_training.ipynb #2acae6f4
+# %% ../nbs/13_training.ipynb #97bc4959
 def fit_fusions(
     model, # an MBD with a map; its fusion is set to the adaptive one
     data, # a ClipDataset with train=False: the gate part

@@ -35,8 +35,8 @@ def environment(tmp_path_factory):
     kernel = base / "jupyter/kernels/python3"
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}))
-    kept = {n: v for n, v in os.environ.items() if not n.startswith(("MBD_", "JUPYTER_", "GIT_"))}
-    return {**kept, "PATH": f"{TOOLS}{os.pathsep}{kept.get('PATH', '')}", "JUPYTER_PATH": str(base / "jupyter"), "IPYTHONDIR": str(base / "ipython"), "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT),
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("MBD_", "JUPYTER_", "GIT_", "MPLBACKEND"))}
+    return {**kept, "PATH": f"{TOOLS}{os.pathsep}{kept.get('PATH', '')}", "JUPYTER_PATH": str(base / "jupyter"), "IPYTHONDIR": str(base / "ipython"), "PYTHONPATH": str(ROOT),
             "MBD_DATA_MINIACTIONS": str(base / "miniactions"), "MBD_CACHE": str(base / "cache"), "MBD_DEVICE": "cpu", "MBD_PROGRESS": "lines", "OMP_NUM_THREADS": "2", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
@@ -205,5 +205,5 @@ def test_a_misspelt_parameter_ends_the_run_at_its_first_cell_with_nothing_but_th
 
 
 def test_an_impossible_value_ends_it_too(tree, environment, tmp_path):
-    ended, _, reports = papermill(tree, environment, tmp_path, "-p", "preset", "smal", "-p", "batch_size", "1")
+    ended, _, reports = papermill(tree, environment, tmp_path, "-p", "preset", "smok", "-p", "batch_size", "1")
     assert ended.returncode != 0 and "did you mean 'smoke'" in ended.stdout and "batch_size = 1 is out of range" in ended.stdout and not reports.exists()
