@@ -120,11 +120,11 @@ COMMON = (
     Parameter("reports", str, None, "folder of the run folders; None: as in settings.ini"),
 )
 
-# %% ../nbs/16_experiment.ipynb #0c8cda3d
+# %% ../nbs/16_experiment.ipynb #94811859
 PRESETS = {
     "smoke": dict(generator_seed=0, train_videos=80, test_videos=40, frames=16, size=56, views=1, warm_up_epochs=1, distil_epochs=1,
                   batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
-    "mini": dict(generator_seed=0, train_videos=1600, test_videos=1000, frames=16, size=56, views=1, warm_up_epochs=6, distil_epochs=2,
+    "mini": dict(generator_seed=0, train_videos=2000, test_videos=1000, frames=16, size=56, views=1, warm_up_epochs=7, distil_epochs=2,
                  batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
 }
 

@@ -35,9 +35,9 @@ def environment(tmp_path_factory):
     kernel = base / "jupyter/kernels/python3"
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}))
-    kept = {n: v for n, v in os.environ.items() if not n.startswith(("MBD_", "JUPYTER_", "GIT_", "MPLBACKEND"))}
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("MBD_", "JUPYTER_", "GIT_", "OMP_", "MPLBACKEND"))}
     return {**kept, "PATH": f"{TOOLS}{os.pathsep}{kept.get('PATH', '')}", "JUPYTER_PATH": str(base / "jupyter"), "IPYTHONDIR": str(base / "ipython"), "PYTHONPATH": str(ROOT),
-            "MBD_DATA_MINIACTIONS": str(base / "miniactions"), "MBD_CACHE": str(base / "cache"), "MBD_DEVICE": "cpu", "MBD_PROGRESS": "lines", "OMP_NUM_THREADS": "2", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+            "MBD_DATA_MINIACTIONS": str(base / "miniactions"), "MBD_CACHE": str(base / "cache"), "MBD_DEVICE": "cpu", "MBD_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
 def git(folder, *words): return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "core.autocrlf=false", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout

@@ -46,6 +46,13 @@ def weights(module): return {n: v.clone() for n, v in module.state_dict().items(
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+@torch.no_grad()
+def distance(a, b, stream):
+    "Largest difference between the logits of one stream of two models. Zero gradients added on the way may change the last digits."
+    a, b = (predict(m, data(False)) for m in (a, b))
+    return (getattr(a, stream) - getattr(b, stream)).abs().max().item()
+
+
 def trained(settings=Training(epochs=1, batch_size=8), distillation=None, seed=0, change=None, **more):
     model = make(seed)
     if change: change(model)
@@ -134,14 +141,15 @@ def test_teaching_with_no_weight_is_the_control_too():
 @pytest.mark.parametrize("group, taught", [("local", "global_"), ("global", "local")])
 def test_the_dominant_stream_teaches_the_other_and_is_left_alone(group, taught):
     def one_way(model): model.map.group = [group] * 3
-    plain, directed = trained()[0], trained(distillation=TEACH, change=one_way)[0]
-    for stream in ("local", "global_"):
-        assert equal(weights(getattr(plain, stream)), weights(getattr(directed, stream))) == (stream != taught)
+    plain, directed = trained()[0], trained(distillation=replace(TEACH, final_weight=5.), change=one_way)[0]
+    left_alone, = {"local", "global_"} - {taught}
+    assert distance(plain, directed, left_alone) < 1e-4 < .01 < distance(plain, directed, taught)
 
 
 def test_balanced_classes_are_not_taught():
     def balanced(model): model.map.group = ["balanced"] * 3
-    assert equal(weights(trained(distillation=TEACH, change=balanced)[0]), weights(trained()[0]))
+    taught, plain = trained(distillation=TEACH, change=balanced)[0], trained()[0]
+    assert max(distance(taught, plain, stream) for stream in ("local", "global_")) < 1e-4
 
 
 def test_teachers_stay_as_they_were_and_get_no_gradient(monkeypatch):
