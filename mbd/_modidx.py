@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mbd.video.multi_view': ('video.html#multi_view', 'mbd/video.py'),
                            'mbd.video.num_frames': ('video.html#num_frames', 'mbd/video.py'),
                            'mbd.video.read_frames': ('video.html#read_frames', 'mbd/video.py'),
+                           'mbd.video.read_video': ('video.html#read_video', 'mbd/video.py'),
                            'mbd.video.scan': ('video.html#scan', 'mbd/video.py'),
                            'mbd.video.uniform_segments': ('video.html#uniform_segments', 'mbd/video.py'),
                            'mbd.video.write_video': ('video.html#write_video', 'mbd/video.py')}}}

@@ -83,7 +83,7 @@ def cut(
     if where.flip: clip = clip.flip(-1)
     return clip.mul_(where.gain).add_(where.offset - view.mean).div_(view.std).transpose(0, 1).contiguous()
 
-# %% ../nbs/05_clips.ipynb #5696bb49
+# %% ../nbs/05_clips.ipynb #c1e32156
 def load_frames(
     records, # records of chapter 03
     size=None, # shrink so that the short side has this many pixels; None keeps the video's own
@@ -96,8 +96,9 @@ def load_frames(
     frames, unreadable, total = {}, {}, 0
     def read(record):
         try:
+            if max_frames is None: return _shrink(video.read_video(record.path), size)
             count = video.num_frames(record.path)
-            index = np.arange(count) if max_frames is None or count <= max_frames else np.linspace(0, count - 1, max_frames).round().astype(int)
+            index = np.linspace(0, count - 1, min(count, max_frames)).round().astype(int)
             return _shrink(video.read_frames(record.path, index), size)
         except video.VideoError as error: return error
     with ThreadPoolExecutor(workers) as pool:
