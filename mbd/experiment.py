@@ -10,7 +10,7 @@ __all__ = ['COMMON', 'PRESETS', 'EXPERIMENTS', 'STALE', 'METHODS', 'ParameterErr
            'check_record', 'new_folder', 'RunFolder', 'load_predictions', 'Run', 'start', 'read_runs', 'comparable',
            'summary', 'model_cost', 'training_flops', 'subset', 'count_parts', 'progress_mode', 'Progress']
 
-# %% ../nbs/16_experiment.ipynb #2e0d24cf
+# %% ../nbs/16_experiment.ipynb #a1f6cfa2
 import ast
 import atexit
 import contextlib
@@ -39,6 +39,7 @@ import torch
 
 import mbd
 from .evaluation import describe_protocol
+from .miniactions import sized
 
 # %% ../nbs/16_experiment.ipynb #c6dfea32
 class ParameterError(ValueError):
@@ -91,7 +92,7 @@ def value_problem(parameter: Parameter, value) -> str | None:
         return f"{p.name} = {value!r} does not fit: {p.about}"
     return None
 
-# %% ../nbs/16_experiment.ipynb #dd8eaddc
+# %% ../nbs/16_experiment.ipynb #17328a1a
 COMMON = (
     Parameter("preset", str, "auto", "size of the run; auto: full where the real data and a GPU are found, else mini", choices=("auto", "smoke", "mini", "full")),
     Parameter("data", str, "auto", "auto: real for full, else generated", choices=("auto", "real", "generated")),
@@ -103,7 +104,7 @@ COMMON = (
     Parameter("frames", int, None, "frames of a clip, as the local stream sees it", "frames", low=4, high=256),
     Parameter("size", int, None, "side of the square a stream sees", "pixels", low=16, high=512),
     Parameter("views", int, None, "views of a test video whose probabilities are averaged", "views", low=1, high=100),
-    Parameter("warm_up_epochs", int, None, "stage 1, each stream alone", "epochs", low=0, high=1000),
+    Parameter("warm_up_epochs", int, None, "stage 1, each stream alone", "epochs", low=1, high=1000),
     Parameter("distil_epochs", int, None, "stage 3, with distillation", "epochs", low=0, high=1000),
     Parameter("batch_size", int, None, "clips in a step", "clips", low=2, high=4096),
     Parameter("learning_rate", float, None, "of both streams in stage 1, at its highest", low=1e-6, high=1.0),
@@ -283,7 +284,7 @@ def resolve(
         values["data"] = "real" if values["preset"] == "full" else "generated"
     return _fill(values, experiment, settings, "cuda" if device == "auto" and gpu else "cpu" if device == "auto" else device), why
 
-# %% ../nbs/16_experiment.ipynb #68a74894
+# %% ../nbs/16_experiment.ipynb #c71bd71d
 def _fill(values, experiment, settings, device) -> SimpleNamespace:
     "Replace what is None by the preset's and the settings' values."
     preset = experiment.presets[values["preset"]]
@@ -291,6 +292,15 @@ def _fill(values, experiment, settings, device) -> SimpleNamespace:
     values = {n: known.get(n) if v is None or (n, v) == ("precision", "auto") else v for n, v in values.items()} | {"device": device}
     if values["data"] == "generated" and values.get("split", 1) != 1:
         raise ParameterError(f"split = {values['split']}: the generated data has split 1 only")
+    if values["precision"] not in (None, "float32", "bfloat16"):
+        raise ParameterError(f"precision = {values['precision']!r}: training knows float32 and bfloat16; set precision in settings.ini or with -p")
+    if values["data"] == "generated" and None not in (values.get("train_videos"), values.get("test_videos")):
+        try:
+            groups = sized(values["train_videos"], values["test_videos"]).train_groups
+        except ValueError as error:
+            raise ParameterError(str(error)) from None
+        if groups < 3 or not values["test_videos"]:
+            raise ParameterError(f"train_videos = {values['train_videos']}, test_videos = {values['test_videos']}: generated data needs at least 30 training videos (three groups of each class) and a test video; 0 (all) is for real data")
     holes = [n for n, v in values.items() if v is None]
     if holes:
         raise ParameterError(f"preset {values['preset']!r} of {experiment.name} has no value for {', '.join(holes)}")

@@ -202,7 +202,8 @@ def generator_id(
     spec, # the set
 ):
     "Version of the generator and a hash of the knobs, such as '1/3fa9c2d1': two sets with equal ids hold equal frames."
-    return f"{VERSION}/{hashlib.sha256(json.dumps([VERSION, asdict(spec)], sort_keys=True).encode()).hexdigest()[:8]}"
+    knobs = {**asdict(spec), "difficulty": float(spec.difficulty)}      # 1 and 1.0 are one spec
+    return f"{VERSION}/{hashlib.sha256(json.dumps([VERSION, knobs], sort_keys=True).encode()).hexdigest()[:8]}"
 
 def _videos(spec):
     "Every (class, group, clip) of the set, and whether it is for training; test groups come first, as in UCF101's split 1."
@@ -215,20 +216,22 @@ def _write_atomic(path, text):
     part = path.with_name(f".{path.name}.{os.getpid()}.part"); part.write_text(text); os.replace(part, path)
 
 # %% ../nbs/04_miniactions.ipynb #8dd9b5ef
-def _work(folder, shard, shards):
-    "Make every `shards`-th missing video of the set described in `folder`, beginning with number `shard`."
-    spec, parent = _read_spec(folder)[0], os.getppid()
-    missing = [v for v in _videos(spec) if not (folder/"UCF-101"/_file(*v[:3])).exists()]
-    for name, group, clip, _ in missing[shard::shards]:
+def _work(folder, shard, shards, parent):
+    "Make what is missing of every `shards`-th video of the set described in `folder`, beginning with number `shard`, while process `parent` lives."
+    spec = _read_spec(folder)[0]
+    for name, group, clip, _ in _videos(spec)[shard::shards]:          # of all videos: what is missing changes while others work
         if os.getppid() != parent: return
-        write_video(folder/"UCF-101"/_file(name, group, clip), render(spec, name, group, clip))
+        path = folder/"UCF-101"/_file(name, group, clip)
+        if not path.exists(): write_video(path, render(spec, name, group, clip))
 
 def _read_spec(folder):
     "(Spec, status) of the set in `folder`. Raises ValueError if its miniactions.json cannot be used."
     file = folder/"miniactions.json"
-    try: stored = json.loads(file.read_text()); spec = Spec(**{k: tuple(v) if k == "classes" else v for k, v in stored["spec"].items()})
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{file}: not the description of a generated set ({error}); delete the folder and generate anew") from error
-    return spec, stored["status"]
+    try:
+        stored = json.loads(file.read_text())
+        spec, version, status = Spec(**{k: tuple(v) if k == "classes" else v for k, v in stored["spec"].items()}), stored["generator"].partition("/")[0], stored["status"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error: raise ValueError(f"{file}: not the description of a generated set ({error}); delete the folder and generate anew") from error
+    return spec, version, status
 
 # %% ../nbs/04_miniactions.ipynb #f3d31275
 def generate(
@@ -240,6 +243,7 @@ def generate(
     **knobs, # the fields of `Spec`
 ) -> Path: # `folder`
     "Make the generated set, or complete one that was interrupted. Raises ValueError for a bad knob or a folder that holds another set, RuntimeError if a worker fails."
+    if workers is not None and (not isinstance(workers, int) or workers < 1): raise ValueError(f"workers: {workers!r} must be a whole number of at least 1, or None")
     if layout != "ucf101": raise ValueError(f"layout: {layout!r} is not built; choose 'ucf101'")
     unknown = set(knobs) - {f.name for f in fields(Spec)}
     if unknown: raise ValueError(f"unknown knob {sorted(unknown)[0]!r}; choose from {', '.join(f.name for f in fields(Spec))}")
@@ -247,16 +251,19 @@ def generate(
     spec, folder = check(spec or Spec(**{k: tuple(v) if k == "classes" else v for k, v in knobs.items()})), Path(folder)
     description = folder/"miniactions.json"
     if description.exists():
-        found, _ = _read_spec(folder)
-        differing = [f"{f.name} {getattr(found, f.name)!r} there, {getattr(spec, f.name)!r} asked" for f in fields(Spec) if getattr(found, f.name) != getattr(spec, f.name)]
+        found, version, _ = _read_spec(folder)
+        differing = [f"generator version {version} there, {VERSION} now"]*(version != str(VERSION)) + [f"{f.name} {getattr(found, f.name)!r} there, {getattr(spec, f.name)!r} asked" for f in fields(Spec) if getattr(found, f.name) != getattr(spec, f.name)]
         if differing: raise ValueError(f"{folder} holds another generated set ({'; '.join(differing)}); choose another folder or delete it")
-    elif folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder} is not empty and holds no generated set; choose another folder")
+    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()): raise ValueError(f"{folder} is not empty and holds no generated set; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not description.exists(): _describe(folder, spec, "generating")   # first of all: a killed generation can then go on
     for name in spec.classes: (folder/"UCF-101"/name).mkdir(parents=True, exist_ok=True)
     videos = _videos(spec)
     there = lambda: sum((folder/"UCF-101"/_file(*v[:3])).exists() for v in videos)
     if there() < len(videos):
         shutil.rmtree(folder/"ucfTrainTestlist", ignore_errors=True)   # a set with a hole must not look whole
         _describe(folder, spec, "generating"); _run_workers(folder, workers or os.cpu_count() or 1, there, len(videos), progress)
+        if there() < len(videos): raise RuntimeError(f"{folder}: {len(videos) - there()} of {len(videos)} videos were not made; run again to go on")
         for part in (folder/"UCF-101").rglob(".*.part"): part.unlink(missing_ok=True)
     _write_lists(folder, spec, videos); _describe(folder, spec, "complete")
     return folder
@@ -274,9 +281,9 @@ def _write_lists(folder, spec, videos):
     _write_atomic(lists/"classInd.txt", "".join(f"{i} {name}\n" for name, i in label.items()))
 
 def _run_workers(folder, workers, there, total, progress):
-    code = "import sys; from pathlib import Path; from mbd.miniactions import _work; _work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
+    code = "import sys; from pathlib import Path; from mbd.miniactions import _work; _work(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
-    start = lambda i: subprocess.Popen([sys.executable, "-c", code, str(folder), str(i), str(workers)], env=environment, stderr=subprocess.PIPE, text=True)
+    start = lambda i: subprocess.Popen([sys.executable, "-c", code, str(folder), str(i), str(workers), str(os.getpid())], env=environment, stderr=subprocess.PIPE, text=True)
     processes = [start(i) for i in range(workers)]
     try:
         while any(p.poll() is None for p in processes):

@@ -86,12 +86,16 @@ def _read_config(folder):
     for name in ("config.json", "model.safetensors"):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} is no MBD checkpoint: {name} is missing; give a folder written by MBD.save")
     try: config = json.loads(file.read_text())
-    except ValueError as error: raise ValueError(f"{file}: not readable as JSON ({error})") from error
+    except (ValueError, RecursionError) as error: raise ValueError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{file}: format {config.get('format') if isinstance(config, dict) else None!r}, but this version ({__version__}) reads format {FORMAT}; install the mbd version that wrote it ({config.get('mbd', 'unknown') if isinstance(config, dict) else 'unknown'})")
     for key, known in [("local", STREAMS), ("global_", STREAMS)]:
-        if config.get(key, {}).get("name") not in known: raise ValueError(f"{file}: {key} is {config.get(key, {}).get('name')!r}; known streams are {', '.join(known)}")
-    if config.get("fusion") not in FUSIONS: raise ValueError(f"{file}: fusion is {config.get('fusion')!r}; known are {', '.join(FUSIONS)}")
+        name = config[key].get("name") if isinstance(config.get(key), dict) else config.get(key)
+        if not isinstance(config.get(key), dict) or not isinstance(name, str) or name not in known: raise ValueError(f"{file}: {key} is {name!r}; known streams are {', '.join(known)}")
+    if not isinstance(config.get("fusion"), str) or config["fusion"] not in FUSIONS: raise ValueError(f"{file}: fusion is {config.get('fusion')!r}; known are {', '.join(FUSIONS)}")
+    names, counts = config.get("classes"), [config[key].get("num_classes") for key in ("local", "global_")]
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or counts != [len(names)]*2: raise ValueError(f"{file}: classes must be as many names as each stream has answers")
+    if isinstance(config.get("map"), dict) and config["map"].get("classes") != names: raise ValueError(f"{file}: the map is of other classes")
     return config
 
 def load(

@@ -133,6 +133,7 @@ def test_a_configured_folder_that_is_missing_is_never_passed_over(tmp_path, give
 
 @pytest.mark.parametrize("given, words", [
     ({"preset": "full"}, "no folder is configured"), ({"data": "real"}, "no folder is configured"), ({"preset": "full", "data": "generated"}, "real data"),
+    ({"train_videos": 20}, "at least 30"), ({"train_videos": 0}, "at least 30"), ({"test_videos": 0}, "a test video"), ({"train_videos": 10**6}, "99 groups"),
     ({"device": "cuda:1"}, "no GPU"), ({"split": 2}, "split 1 only"),
 ])
 def test_contradictions(tmp_path, given, words):
