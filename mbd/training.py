@@ -49,13 +49,14 @@ def optimiser(
     adam = torch.optim.AdamW([dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.)], lr=rate)
     return adam, torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=max(steps, 2), pct_start=.15)
 
-# %% ../nbs/13_training.ipynb #13f68d8f
+# %% ../nbs/13_training.ipynb #221eefb5
 def train(
     model, # an MBD; trained in place
     data, # a ClipDataset with train=True: the fit part
     settings=Training(), # of the stage
     stage="warm-up", # name in the log
     distillation=None, # a Distillation: teach by the groups of model.map; None: no teaching
+    only=None, # "local" or "global": train just this stream; None: both
     log=None, # called with a dict for each epoch and stream
     progress=None, # called with (steps done, steps in all)
 ) -> list: # the rows that were logged
@@ -63,16 +64,17 @@ def train(
     teaching = distillation is not None and distillation.arm != "none"
     if teaching and model.map is None: raise ValueError("distillation needs the dominance map: call measure_map(model, map part) first")
     device, rows, steps, done = next(model.parameters()).device, [], settings.epochs * (len(data) // settings.batch_size or 1), 0
-    streams = {"local": model.local, "global": model.global_}
+    streams = {name: stream for name, stream in (("local", model.local), ("global", model.global_)) if only in (None, name)}
+    if not streams or (teaching and only): raise ValueError(f"only = {only!r}: choose 'local' or 'global' without distillation, or None")
     tools = {name: optimiser(stream, settings.learning_rate, steps, settings.weight_decay) for name, stream in streams.items()}
     teachers = _teachers(model) if teaching else None
     data.seed = settings.seed
     for data.epoch in range(settings.epochs):
         model.train(); begun, sums, seen = time.perf_counter(), {}, 0
         for batch in batches(data, settings.batch_size, shuffle=True):
-            labels, views = batch["label"].to(device), (batch["local"].to(device), batch["global_"].to(device))
+            labels, views = batch["label"].to(device), {"local": batch["local"].to(device), "global": batch["global_"].to(device)}
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                outputs = {"local": model.local(views[0]), "global": model.global_(views[1])}
+                outputs = {name: stream(views[name]) for name, stream in streams.items()}
             losses = {name: F.cross_entropy(o.logits.float(), labels, label_smoothing=settings.smoothing) for name, o in outputs.items()}
             taught, loss = {}, sum(losses.values())
             if teaching:
@@ -90,7 +92,7 @@ def train(
     model.eval()
     return rows
 
-# %% ../nbs/13_training.ipynb #b0346cac
+# %% ../nbs/13_training.ipynb #1ed186e0
 def _step(streams, tools, loss, clip_norm, where):
     if not torch.isfinite(loss): raise FloatingPointError(f"{where}: the loss is {loss.item()}; lower the learning rate or the distillation weights")
     for adam, _ in tools.values(): adam.zero_grad(set_to_none=True)
@@ -112,7 +114,7 @@ def _calibrated(teacher, view, temperature):
 
 def _teach(outputs, teachers, views, labels, model, distillation):
     "Distillation loss with calibrated, frozen teachers that see the same clips, and its parts."
-    lessons = [_calibrated(t, v, tau) for t, v, tau in zip(teachers, views, model.temperature)]
+    lessons = [_calibrated(t, v, tau) for t, v, tau in zip(teachers, views.values(), model.temperature)]
     codes = model.map.group_codes.to(labels.device)[labels]
     return distillation_loss(outputs["local"], outputs["global"], *lessons, labels, codes, distillation)
 
@@ -121,7 +123,7 @@ def _add(sums, name, value, times): sums[name] = sums.get(name, 0.) + value.deta
 def _rows(stage, epoch, sums, seen, seconds):
     mean = {name: float(value) / seen for name, value in sums.items()}
     rest = {name: value for name, value in mean.items() if name.split()[0] not in ("local", "global")}
-    return [dict(stage=stage, epoch=epoch, stream=s, loss=mean[f"{s} loss"], accuracy=mean[f"{s} right"], seconds=seconds, **rest) for s in ("local", "global")]
+    return [dict(stage=stage, epoch=epoch, stream=s, loss=mean[f"{s} loss"], accuracy=mean[f"{s} right"], seconds=seconds, **rest) for s in ("local", "global") if f"{s} loss" in mean]
 
 # %% ../nbs/13_training.ipynb #af32dd01
 @dataclass
@@ -171,7 +173,7 @@ def measure_map(
     model.map = measure(*calibrate(answers, model.temperature), answers.labels, answers.sources, model.classes, seed=seed)
     return answers
 
-# %% ../nbs/13_training.ipynb #97bc4959
+# %% ../nbs/13_training.ipynb #7f608631
 def fit_fusions(
     model, # an MBD with a map; its fusion is set to the adaptive one
     data, # a ClipDataset with train=False: the gate part
