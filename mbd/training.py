@@ -56,9 +56,9 @@ def train(
     settings=Training(), # of the stage
     stage="warm-up", # name in the log
     distillation=None, # a Distillation: teach by the groups of model.map; None: no teaching
-    only=None, # "local" or "global": train just this stream; None: both
     log=None, # called with a dict for each epoch and stream
     progress=None, # called with (steps done, steps in all)
+    only=None, # "local" or "global": train just this stream; None: both
 ) -> list: # the rows that were logged
     "One stage of training. Raises ValueError if there is no map to teach by, FloatingPointError if a loss is not finite."
     teaching = distillation is not None and distillation.arm != "none"
