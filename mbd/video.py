@@ -210,9 +210,8 @@ def read_frames(
     indices = [operator.index(i) for i in indices]
     index, wanted = scan(path), sorted(set(indices))
     for i in wanted[:1] + wanted[-1:]:
-        if not 0 <= i < index.count:
-            damage = f"; {index.problem}" if index.problem else ""
-            raise IndexError(f"{path}: there is no frame {i}, the file has {index.count} (0 to {index.count - 1}){damage}")
+        if i >= index.count and index.problem: raise VideoError(path, f"frame {i} cannot be read: {index.problem}")
+        if not 0 <= i < index.count: raise IndexError(f"{path}: there is no frame {i}, the file has {index.count} (0 to {index.count - 1})")
     if not wanted: return np.empty((0, index.height, index.width, 3), np.uint8)
     counting, jumping = _costs(wanted, index.keys)
     jump = index.decord and jumping <= counting / 2 and counting - jumping >= 100

@@ -1,4 +1,4 @@
-import copy, math
+import copy, math, threading
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -120,6 +120,35 @@ def test_fewer_videos_than_a_batch():
 def test_a_trained_model_is_left_ready_to_answer(): assert not trained()[0].training
 
 
+# ---- side by side
+
+def test_both_at_once_gives_what_each_alone_gives():
+    both = trained()[0]
+    for name, stream in (("local", "local"), ("global", "global_")):
+        alone = trained(only=name)[0]
+        assert equal(weights(getattr(both, stream)), weights(getattr(alone, stream)))
+
+
+def test_side_by_side_runs_at_once_and_keeps_the_callers_gradient_switch():
+    barrier, whole = threading.Barrier(2, timeout=20), torch.get_num_threads()
+    def meet(name):
+        barrier.wait()      # passes only if the other is there at the same time
+        return name, torch.is_grad_enabled(), torch.get_num_threads()
+    with torch.no_grad(), training.side_by_side() as each: met = each(meet, ("b", "a"))
+    assert list(met) == ["b", "a"] and all(met[n] == (n, False, max(1, whole // 2)) for n in met)
+    with training.side_by_side() as each: assert all(grad for _, grad, _ in each(meet, "ab").values())
+    assert torch.get_num_threads() == whole
+
+
+def test_an_error_in_one_of_them_is_raised_and_the_threads_are_given_back():
+    whole = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with pytest.raises(ZeroDivisionError), training.side_by_side() as each: each(lambda name: 1 / name, (1, 0))
+        assert torch.get_num_threads() == 4
+    finally: torch.set_num_threads(whole)
+
+
 # ---- teaching
 
 def test_directed_teaching_differs_from_none_and_arms_from_each_other():
@@ -156,13 +185,13 @@ def test_teachers_stay_as_they_were_and_get_no_gradient(monkeypatch):
     kept, inner = [], training._teachers
     def spy(model):
         kept.append(inner(model))
-        kept.append([weights(t) for t in kept[0]])
+        kept.append([weights(t) for t, _ in kept[0].values()])
         return kept[0]
     monkeypatch.setattr(training, "_teachers", spy)
     start = make()
     model, _ = trained(Training(epochs=2, batch_size=8), TEACH)
     teachers, before = kept
-    for teacher, then, begun, student in zip(teachers, before, (start.local, start.global_), (model.local, model.global_)):
+    for (teacher, _), then, begun, student in zip(teachers.values(), before, (start.local, start.global_), (model.local, model.global_)):
         assert equal(weights(teacher), then) and equal(then, weights(begun)) and not teacher.training
         assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
         assert not equal(then, weights(student)) and all(p.requires_grad for p in student.parameters())

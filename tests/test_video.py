@@ -193,7 +193,23 @@ def test_noise_in_a_file_never_hangs_or_yields_a_partial_array(tmp_path):
         try: n = num_frames(path)
         except VideoError: continue
         assert len(read_frames(path, range(n))) == n
-        with pytest.raises(IndexError): read_frames(path, [n])
+        with pytest.raises(VideoError if scan(path).problem else IndexError): read_frames(path, [n])
+
+
+def test_a_frame_behind_the_damage_is_an_error_that_names_it(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", film(12))
+    whole, decode = read_frames(path, range(12)), video._decode
+    def breaks_off(path):
+        for i, frame in enumerate(decode(path)):
+            if i == 5: raise av.error.InvalidDataError(1094995529, "Invalid data found when processing input")
+            yield frame
+    monkeypatch.setattr(video, "_decode", breaks_off)
+    os.utime(path, (1, 1))      # its index is made anew
+    assert num_frames(path) == 5 and np.array_equal(read_frames(path, range(5)), whole[:5])
+    for asked in ([0, 5], [11], range(100)):
+        with pytest.raises(VideoError, match="cannot be read: decoding breaks off after 5 frames") as error: read_frames(path, asked)
+        assert error.value.path == path
+    with pytest.raises(IndexError): read_frames(path, [-1])
 
 
 def test_index_is_kept_and_follows_the_file(tmp_path, cache, monkeypatch):
@@ -327,4 +343,4 @@ def test_real_files(path):
     assert num_frames(path) == n
     for asked in (np.linspace(0, n - 1, 8).round().astype(int), np.arange(n - 1, max(-1, n - 9), -1), dense_clip(n, 8, start=n * 3 // 4)):
         assert max(difference(a, frames[i]) for a, i in zip(read_frames(path, asked), asked)) < 2
-    with pytest.raises(IndexError): read_frames(path, [n])
+    with pytest.raises(VideoError if scan(path).problem else IndexError): read_frames(path, [n])
