@@ -819,13 +819,13 @@ def count_parts(
     lists: dict,  # "train" and "test" -> mbd.datasets.Dataset
     unreadable: dict,  # id -> reason
 ) -> dict:
-    "{part: {expected, found, unreadable}}; expected is the part's share of the official list, missing videos and all, as far as the run uses it."
+    "{part: {expected, found, unreadable}}: the part's share of the official list as far as the run uses it, with videos that are missing and those a check of the data set has left out."
     counts = {}
     for name, records in parts.items():
         listed = lists["test" if name == "test" else "train"]
-        used = len(records) if listed.found == 0 else round(len(records) * listed.expected / listed.found)
-        bad = sum(r.id in unreadable for r in records)
-        counts[name] = {"expected": used, "found": len(records), "unreadable": bad}
+        share = len(records) / (len(listed.records) or 1)
+        found, bad = round(share * listed.found), sum(r.id in unreadable for r in records)
+        counts[name] = {"expected": round(share * listed.expected), "found": found, "unreadable": found - len(records) + bad}
     return counts
 
 # %% ../nbs/16_experiment.ipynb #d26b827a

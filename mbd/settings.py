@@ -21,7 +21,7 @@ def find(
 
 def _ours(file):
     "Is this a settings file of the kit? Other programs use the same name."
-    return file.is_file() and any(line.strip() in ("[data]", "[annotations]", "[run]") for line in file.read_text(errors="replace").splitlines())
+    return file.is_file() and any(line.strip() in ("[data]", "[annotations]", "[urls]", "[run]") for line in file.read_text(errors="replace").splitlines())
 
 # %% ../nbs/01_settings.ipynb #33e815b4
 DATASETS = ("ucf101", "hmdb51", "kinetics400", "ssv2", "miniactions")
@@ -29,10 +29,11 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Settings:
-    "Where things are, and what computes; `load` makes it. `data` and `annotations` hold configured data sets only."
+    "Where things are, and what computes; `load` makes it. `data`, `annotations` and `urls` hold configured data sets only."
     file: Path | None = None
     data: dict = field(default_factory=dict)         # name -> folder
     annotations: dict = field(default_factory=dict)  # name -> folder of the lists
+    urls: dict = field(default_factory=dict)         # name -> address, instead of the official one
     reports: Path = Path("reports")
     device: str = "cpu"
     precision: str = "float32"
@@ -70,8 +71,12 @@ def _workers(value, where):
     if not value.isdecimal(): raise ValueError(f"{where}: workers = {value!r}; it must be a whole number, 0 or more, or 'auto'")
     return int(value)
 
+def _address(value, where):
+    if not value.startswith(("https://", "http://")): raise ValueError(f"{where}: {value!r} is no address; it must begin with https:// or http://")
+    return value.rstrip("/")
+
 # %% ../nbs/01_settings.ipynb #0095e501
-SECTIONS = {"data": DATASETS, "annotations": DATASETS, "run": ("reports", "device", "precision", "workers")}
+SECTIONS = {"data": DATASETS, "annotations": DATASETS, "urls": ("ucf101", "hmdb51", "kinetics400"), "run": ("reports", "device", "precision", "workers")}
 
 def _read(file):
     "Yield (section, key, value, where, folder) for each line of a settings file."
@@ -88,7 +93,7 @@ def _environment():
         first, _, rest = name.lower().partition("_")
         section, _, key = rest.partition("_")
         if first != "mbd": continue
-        if section not in ("data", "annotations") or not key: section, key = "run", rest
+        if section not in SECTIONS or section == "run" or not key: section, key = "run", rest
         if section != "run" or difflib.get_close_matches(key, SECTIONS["run"], cutoff=0.75):
             yield section, key, os.environ[name], f"environment variable {name}", Path.cwd()
 
@@ -96,8 +101,8 @@ def _environment():
 def _parameters(values):
     "Yield the keyword parameters of `load`, as `_read` does."
     for name, value in values.items():
-        if name not in ("data", "annotations"): yield "run", name, value, f"parameter {name!r}", Path.cwd()
-        elif not isinstance(value, dict): raise ValueError(f"parameter {name!r}: {value!r} must be a dict of data set and folder")
+        if name not in SECTIONS or name == "run": yield "run", name, value, f"parameter {name!r}", Path.cwd()
+        elif not isinstance(value, dict): raise ValueError(f"parameter {name!r}: {value!r} must be a dict of data set and {'address' if name == 'urls' else 'folder'}")
         else: yield from ((name, key, folder, f"parameter {name!r}", Path.cwd()) for key, folder in value.items())
 
 # %% ../nbs/01_settings.ipynb #4bec181a
@@ -114,17 +119,18 @@ def _merge(layers):
 # %% ../nbs/01_settings.ipynb #e45e2344
 def load(
     file=None, # a settings file; by default the one `find` finds
-    **parameters, # reports, device, precision, workers, data={name: folder}, annotations={name: folder}
+    **parameters, # reports, device, precision, workers, data={name: folder}, annotations={name: folder}, urls={name: address}
 ) -> Settings:
     "The settings in force: parameters over environment over file over defaults. Raises ValueError with place, name, value and the nearest valid one."
     file = Path(file).absolute() if file else find()
     if file and not file.is_file(): raise ValueError(f"settings file {file} does not exist; correct the parameter 'file' or MBD_SETTINGS")
     chosen = _merge([*(_read(file) if file else ()), *_environment(), *_parameters(parameters)])
-    folders = {key: folder / Path(value).expanduser() for key, (value, _, folder) in chosen.items()}
+    folders = {key: folder / Path(value).expanduser() for key, (value, _, folder) in chosen.items() if key[0] != "urls"}
+    urls = {key: _address(value, where) for (section, key), (value, where, _) in chosen.items() if section == "urls"}
     auto = ("auto", "default", None)
     device = _device(*chosen.get(("run", "device"), auto)[:2])
     precision = _precision(*chosen.get(("run", "precision"), auto)[:2], device)
     workers = _workers(*chosen.get(("run", "workers"), auto)[:2])
     reports = folders.get(("run", "reports"), (file.parent if file else Path.cwd()) / "reports")
     data, annotations = ({key: f for (s, key), f in folders.items() if s == section} for section in ("data", "annotations"))
-    return Settings(file, data, annotations, reports, device, precision, workers)
+    return Settings(file, data, annotations, urls, reports, device, precision, workers)

@@ -83,12 +83,14 @@ def train(
     distillation=None, # a Distillation: teach by the groups of model.map; None: no teaching
     log=None, # called with a dict for each epoch and stream
     progress=None, # called with (steps done, steps in all)
+    workers=0, # processes that read the videos
     only=None, # "local" or "global": train just this stream; None: both
 ) -> list: # the rows that were logged
     "One stage of training. Raises ValueError if there is no map to teach by, FloatingPointError if a loss is not finite."
     teaching = distillation is not None and distillation.arm != "none"
     if teaching and model.map is None: raise ValueError("distillation needs the dominance map: call measure_map(model, map part) first")
     device, rows, steps, done = next(model.parameters()).device, [], settings.epochs * (len(data) // settings.batch_size or 1), 0
+    loader = batches(data, settings.batch_size, shuffle=True, workers=workers)
     streams = {name: stream for name, stream in (("local", model.local), ("global", model.global_)) if only in (None, name)}
     if not streams or (teaching and only): raise ValueError(f"only = {only!r}: choose 'local' or 'global' without distillation, or None")
     tools = {name: optimiser(stream, settings.learning_rate, steps, settings.weight_decay) for name, stream in streams.items()}
@@ -98,7 +100,7 @@ def train(
         for data.epoch in range(settings.epochs):
             for stream in streams.values(): stream.train()
             begun, sums, seen = time.perf_counter(), {}, 0
-            for batch in batches(data, settings.batch_size, shuffle=True):
+            for batch in loader:
                 labels, views = batch["label"].to(device), {"local": batch["local"].to(device), "global": batch["global_"].to(device)}
                 outputs = each(lambda name: _forward(streams[name], views[name], settings.precision), streams)
                 ends = {name: _ends(output) for name, output in outputs.items()}
@@ -116,6 +118,7 @@ def train(
                 for name in streams:
                     _add(sums, f"{name} loss", losses[name], len(labels)); _add(sums, f"{name} right", outputs[name].logits.argmax(1) == labels, 1)
                 for name, value in taught.items(): _add(sums, name, value, len(labels))
+            if not seen: raise ValueError(f"{stage}, epoch {data.epoch + 1}: not one batch came of {len(data)} videos ({len(data.failures)} unreadable); lower batch_size = {settings.batch_size} or check the videos")
             new = _rows(stage, data.epoch + 1, sums, seen, time.perf_counter() - begun)
             rows += new
             for row in new if log else []: log(row)
@@ -173,19 +176,22 @@ def predict(
     data, # a ClipDataset with train=False
     batch_size=50, # clips at once
     progress=None, # called with (clips done, clips in all)
+    workers=0, # processes that read the videos
 ) -> Predictions:
-    "Logits of both streams for every view of every video; each video exactly once."
+    "Logits of both streams for every view of every video; each video exactly once. Videos that cannot be read are left out; they stand in `data.failures`."
     if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
-    device, out, done = next(model.parameters()).device, ([], []), 0
+    device, out, done = next(model.parameters()).device, {}, 0
     model.eval()
     with side_by_side(device) as each:
-        for batch in batches(data, batch_size):
+        for batch in batches(data, batch_size, workers=workers):
             answers = each(lambda name: getattr(model, name)(batch[name].to(device)).logits.cpu(), ("local", "global_"))
-            for kept, logits in zip(out, answers.values()): kept.append(logits)
+            out.update(zip(zip(batch["index"].tolist(), batch["view"].tolist()), zip(*answers.values())))
             done += len(batch["label"])
             if progress: progress(done, len(data))
-    local, global_ = (torch.cat(o).unflatten(0, (len(data.records), data.clips)) for o in out)
-    return Predictions(local, global_, data.labels, data.sources, [r.id for r in data.records])
+    read = [i for i, record in enumerate(data.records) if record.id not in data.failures]
+    if not read: raise ValueError(f"none of {len(data.records)} videos could be read; the first: {next(iter(data.failures.items()))}")
+    local, global_ = (torch.stack([torch.stack([out[i, view][stream] for view in range(data.views)]) for i in read]) for stream in (0, 1))
+    return Predictions(local, global_, data.labels[read], [data.sources[i] for i in read], [data.records[i].id for i in read])
 
 def calibrate(
     predictions, # from `predict`
@@ -202,7 +208,7 @@ def measure_map(
 ) -> Predictions: # what it was measured on
     "Fit the temperatures and measure the dominance map of a model as it is now."
     answers = predict(model, data)
-    views = answers.labels.repeat_interleave(data.clips)
+    views = answers.labels.repeat_interleave(data.views)
     model.temperature.copy_(torch.tensor([fit_temperature(z.flatten(0, 1), views) for z in (answers.local, answers.global_)]))
     model.map = measure(*calibrate(answers, model.temperature), answers.labels, answers.sources, model.classes, seed=seed)
     return answers

@@ -6,9 +6,10 @@
 __all__ = ['VideoError', 'write_video', 'FrameIndex', 'cache_folder', 'scan', 'num_frames', 'read_frames', 'read_video',
            'dense_clip', 'uniform_segments', 'multi_view']
 
-# %% ../nbs/02_video.ipynb #32912cf5
-import contextlib, functools, hashlib, json, operator, os, threading, zlib
-from dataclasses import asdict, dataclass
+# %% ../nbs/02_video.ipynb #422a9ece
+import base64, contextlib, functools, hashlib, json, multiprocessing, operator, os, threading, zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
@@ -57,9 +58,10 @@ def write_video(
     finally: part.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/02_video.ipynb #cdb8ed0a
-def _decode(path):
-    "Yield the decoded PyAV frames of the first video stream in order. Raises VideoError when the file cannot be opened, FFmpegError where decoding breaks off."
+# %% ../nbs/02_video.ipynb #bbb2ee07
+@contextlib.contextmanager
+def _open(path, threads=1):
+    "The open PyAV container of a local file and its first video stream. Raises VideoError."
     av = _av()
     if not os.path.isfile(path): raise VideoError(path, "is no regular file" if os.path.exists(path) else "no such file")
     if not os.path.getsize(path): raise VideoError(path, "the file is empty")
@@ -69,43 +71,178 @@ def _decode(path):
     with container:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams: raise VideoError(path, "holds no video stream")
-        streams[0].thread_count = 1
-        yield from container.decode(streams[0])
+        streams[0].thread_type, streams[0].thread_count = "SLICE" if threads == 1 else "AUTO", threads
+        yield container, streams[0]
 
-# %% ../nbs/02_video.ipynb #bcf710b7
+def _decode(path):
+    "Yield the decoded PyAV frames in order. Raises VideoError when the file cannot be opened, FFmpegError where decoding breaks off."
+    with _open(path) as (container, stream): yield from container.decode(stream)
+
+# %% ../nbs/02_video.ipynb #a18c3b35
 def _rgb(frame, size=None):
-    "The picture of a PyAV frame: uint8 (H, W, 3), scaled to the decoded `size` (height, width) where given, turned as the container asks."
-    height, width = size or (frame.height, frame.width)
-    picture = frame.to_ndarray(format="rgb24", height=height, width=width, threads=1)
+    "The picture of a PyAV frame: uint8 (H, W, 3), turned as the container asks, scaled to `size` (H, W) where given."
     turns = round(frame.rotation / 90) % 4
+    height, width = (frame.height, frame.width) if size is None else size[::-1] if turns % 2 else size
+    picture = frame.to_ndarray(format="rgb24", height=height, width=width, threads=1)
     return np.ascontiguousarray(np.rot90(picture, turns))
 
-# %% ../nbs/02_video.ipynb #99445112
+# %% ../nbs/02_video.ipynb #1fc7638a
+def _runs(numbers):
+    "Whole numbers as text: the first, then the differences, equal ones counted. [0, 40, 80, 120, 161] -> '0 40x3 41'."
+    parts = []   # [difference, how many]
+    for step in np.diff(numbers, prepend=0).tolist():
+        if len(parts) > 1 and parts[-1][0] == step: parts[-1][1] += 1
+        else: parts.append([step, 1])
+    return " ".join(f"{step}x{n}" if n > 1 else f"{step}" for step, n in parts)
+
+def _unrun(text, most):
+    "The numbers that `_runs` wrote, at most `most` of them. Raises ValueError."
+    steps = []
+    for part in text.split():
+        step, _, n = part.partition("x")
+        if not 1 <= int(n or 1) <= most - len(steps): raise ValueError(f"{part!r} makes more numbers than the {most} frames, or none")
+        steps += [int(step)] * int(n or 1)
+    return np.cumsum(steps, dtype=np.int64).tolist()
+
+# %% ../nbs/02_video.ipynb #4bf8d575
 @dataclass
 class FrameIndex:
-    "What one decoding of a whole file showed; `scan` makes it."
-    count: int       # frames that decode
-    height: int      # of the frames as returned (rotation applied)
+    "What one decoding of a whole file showed; `scan` makes it. `keys` and `times` are kept as text, `checksums` as bytes, two a frame: a set has many files."
+    count: int        # frames that decode
+    height: int       # of the frames as returned (rotation applied)
     width: int
-    problem: str     # where and why decoding broke off, or ""
-    keys: list       # indices of the keyframes
-    checksums: list  # CRC-32 of each frame's RGB bytes, empty until needed
-    decord: bool     # False where decord must not be asked
+    problem: str      # where and why decoding broke off, or ""
+    key_runs: str     # indices of the keyframes
+    time_runs: str    # presentation time stamps of all frames, in the stream's unit; "" where they cannot serve
+    checksums: bytes  # 16 bits of each frame's decoded bytes
+    seek: bool        # reading by jumping to keyframes may be tried (each answer is checked)
+    size: int = 0     # of the file, in bytes; 0: not known
+    mtime_ns: int = 0 # when it was changed last
 
-# %% ../nbs/02_video.ipynb #6f114923
-def _scan(path):
+    @property
+    def keys(self) -> list: return _unrun(self.key_runs, self.count)
+    @property
+    def times(self) -> list: return _unrun(self.time_runs, self.count)
+
+    def row(self,
+        most=30_000, # frames; a longer film leaves out what jumping needs, so that a table's cells stay small
+    ) -> dict:
+        "The index as {column: text}, for a table of many files."
+        jump = self.seek and self.count <= most
+        return dict(count=str(self.count), height=str(self.height), width=str(self.width), problem=self.problem, keys=self.key_runs if self.count <= most else "", seek="yes" if jump else "no",
+                    times=self.time_runs if jump else "", checksums=base64.b64encode(self.checksums).decode() if jump else "")
+
+    @classmethod
+    def from_row(cls,
+        row, # dict as `row` returns it; `size` and `mtime_ns` are used where present, other columns ignored
+    ):
+        "The index that `row` wrote. Raises ValueError."
+        try:
+            count, height, width = (int(row[name]) for name in ("count", "height", "width"))
+            size, mtime_ns = (int(row.get(name) or 0) for name in ("size", "mtime_ns"))
+            sums, seek = base64.b64decode(row["checksums"], validate=True), {"yes": True, "no": False}[row["seek"]]
+            index = cls(count, height, width, str(row["problem"]), row["keys"], row["times"], sums, seek, size, mtime_ns)
+            keys, times = index.keys, index.times
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"no row of a frame index ({type(error).__name__}: {error}): index the file anew") from error
+        rising = all((np.diff(numbers) > 0).all() for numbers in (keys, times))
+        if min(count, height, width) < 1 or not rising or any(not 0 <= k < count for k in keys) or len(times) not in (0, count) or len(sums) not in (0, 2 * count) or seek and not (times and sums):
+            raise ValueError(f"no row of a frame index (count {count}, {len(times)} times, {len(sums) // 2} checksums, keyframes {keys[:3]}...): index the file anew")
+        return index
+
+# %% ../nbs/02_video.ipynb #4415f5de
+def _checksum(frame):
+    "16 bits of all that makes a decoded frame's picture: its bytes, size, rotation and colour tags."
+    form, start = frame.format, zlib.adler32(repr((frame.width, frame.height, frame.rotation, frame.format.name, frame.colorspace, frame.color_range)).encode())
+    planes = [np.frombuffer(p, np.uint8).reshape(-1, p.line_size)[:p.height, :p.width * ((c.bits + 7) // 8)] for p, c in zip(frame.planes, form.components)]
+    if len(frame.planes) != len(form.components) or form.has_palette: planes = [_rgb(frame)]   # packed formats
+    for plane in planes: start = zlib.adler32(np.ascontiguousarray(plane), start)
+    return (start ^ start >> 16) & 0xFFFF
+
+# %% ../nbs/02_video.ipynb #a7a3a6a6
+def _look(path):
     "Decode the whole file once. Raises VideoError where not one frame decodes."
-    count, keys, shape, problem, broken = 0, [], None, "", False
+    keys, times, sums, shape, problem, broken = [], [], [], None, "", False
     try:
         for frame in _decode(path):
             shape = shape or _rgb(frame).shape
-            if frame.key_frame: keys.append(count)
-            count, broken = count + 1, broken or frame.is_corrupt
-    except _av().error.FFmpegError as error: problem = f"decoding breaks off after {count} frames: {error.strerror}"
-    if not count: raise VideoError(path, problem or "no frame of its video stream can be decoded")
-    return FrameIndex(count, *shape[:2], problem, keys, [], decord=not problem and not broken)
+            if frame.key_frame: keys.append(len(times))
+            broken = broken or frame.is_corrupt
+            times.append(frame.pts); sums.append(_checksum(frame))
+    except _av().error.FFmpegError as error: problem = f"decoding breaks off after {len(times)} frames: {error.strerror}"
+    if not times: raise VideoError(path, problem or "no frame of its video stream can be decoded")
+    rising = None not in times and bool((np.diff(times) > 0).all())
+    return FrameIndex(len(times), *shape[:2], problem, _runs(keys), _runs(times) if rising else "", np.array(sums, "<u2").tobytes(), seek=rising and not problem and not broken)
 
-# %% ../nbs/02_video.ipynb #44cff3fd
+# %% ../nbs/02_video.ipynb #5f76ec11
+def _towards(container, stream, wanted):
+    "From where the container stands, yield frames until those with the times `wanted` are out. Frames that no other needs and nobody asked for are not decoded."
+    context, missing = stream.codec_context, set(wanted)
+    for packet in container.demux(stream):
+        context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+        frames = context.decode(packet if packet.size else None)
+        missing.discard(packet.pts)
+        if not missing and packet.size: frames += context.decode(None)   # all are in: let the decoder hand out what it holds back
+        yield from frames
+        if not missing or not packet.size: return
+
+# %% ../nbs/02_video.ipynb #ae5d3009
+def _groups(wanted, keys, gap=1):
+    "[(keyframe to start from, frames)]: a new jump wherever a keyframe lies between two of them, but for neighbours."
+    groups = []
+    for i in wanted:
+        place = int(np.searchsorted(keys, i, side="right"))
+        key = keys[place - 1] if place else 0
+        if groups and key <= groups[-1][1][-1] + gap: groups[-1][1].append(i)
+        else: groups.append((key, [i]))
+    return groups
+
+# %% ../nbs/02_video.ipynb #de28ab98
+def _threads(groups):
+    "How many threads may share the work: one where reads run side by side anyway (in workers, in threads) or there is little to do, else as many as there are cores, at most 8."
+    alone = multiprocessing.parent_process() is None and threading.current_thread() is threading.main_thread()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores) if alone and sum(1 + group[-1] - key for key, group in groups) >= 48 else 1
+
+# %% ../nbs/02_video.ipynb #e421ac29
+def _jump(path, index, groups, threads=1):
+    "Frames of `groups` as {index: picture}, or None unless each has the time and the checksum of its number."
+    pictures, times, sums = {}, index.times, np.frombuffer(index.checksums, "<u2")
+    try:
+        with _open(path, threads) as (container, stream):
+            for key, group in groups:
+                if key: container.seek(times[key], stream=stream)
+                numbers = {times[i]: i for i in group}
+                for frame in _towards(container, stream, set(numbers)):
+                    i = numbers.get(frame.pts)
+                    if i is None: continue
+                    if _checksum(frame) != sums[i]: return None
+                    pictures[i] = _rgb(frame, (index.height, index.width))
+    except _av().error.FFmpegError: return None
+    return pictures if len(pictures) == sum(len(group) for _, group in groups) else None
+
+def _by_seeking(path, wanted, index):
+    "Frames `wanted` (ascending) by jumping to keyframes, as {index: picture}, or None where one cannot be proved."
+    groups = _groups(wanted, index.keys)
+    threads = _threads(groups)
+    shares = min(threads, len(groups))
+    if shares == 1: return _jump(path, index, groups, threads)
+    with ThreadPoolExecutor(shares) as pool: parts = list(pool.map(lambda k: _jump(path, index, groups[k * len(groups) // shares:(k + 1) * len(groups) // shares]), range(shares)))
+    return None if None in parts else {i: picture for part in parts for i, picture in part.items()}
+
+# %% ../nbs/02_video.ipynb #e40aafbf
+def _probe(index):
+    "Frames to try jumping with: two soon after each of up to four keyframes."
+    keys = index.keys or [0]
+    return sorted({min(index.count - 1, keys[round(k)] + step) for k in np.linspace(0, len(keys) - 1, 4) for step in (2, 3)})
+
+def _scan(path):
+    "Decode the whole file once, then try some jumps. Raises VideoError where not one frame decodes."
+    index = _look(path)
+    if index.seek: index.seek = _by_seeking(path, _probe(index), index) is not None
+    return index
+
+# %% ../nbs/02_video.ipynb #98438c7f
 def cache_folder() -> Path:
     "Where indices of videos are kept: `$MBD_CACHE`, else `mbd` in the user's cache folder."
     if os.environ.get("MBD_CACHE"): return Path(os.environ["MBD_CACHE"])
@@ -115,9 +252,7 @@ def _load(file, key):
     "The index stored in `file`, or None where there is none, none for this `key`, or a damaged one."
     try:
         stored = json.loads(file.read_text())
-        index = FrameIndex(**stored["index"])
-        sound = index.count > 0 and len(index.checksums) in (0, index.count) and all(type(i) is int for i in index.keys + index.checksums)
-        return index if sound and stored["key"] == key else None
+        return FrameIndex.from_row(stored["row"]) if stored["key"] == key else None
     except (OSError, ValueError, TypeError, KeyError): return None
 
 def _save(file, key, index):
@@ -125,12 +260,12 @@ def _save(file, key, index):
     part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"key": key, "index": asdict(index)}, separators=(",", ":")))
+        part.write_text(json.dumps({"key": key, "row": index.row(index.count)}, separators=(",", ":")))
         os.replace(part, file)
     except OSError:
         with contextlib.suppress(OSError): part.unlink(missing_ok=True)
 
-# %% ../nbs/02_video.ipynb #d8c9ef80
+# %% ../nbs/02_video.ipynb #b2aff196
 def _place(path):
     "The file in the cache that belongs to a video, and the key it must carry."
     full = os.path.abspath(path)
@@ -143,6 +278,7 @@ def _place(path):
 def _index(path, file, key):
     index = _load(file, list(key))
     if index is None: _save(file, key, index := _scan(path))
+    _, index.size, index.mtime_ns, _ = key
     return index
 
 def scan(
@@ -158,67 +294,53 @@ def num_frames(
     "How many frames really decode. Raises VideoError."
     return scan(path).count
 
-# %% ../nbs/02_video.ipynb #37d9febe
-def _checksums(path):
-    "CRC-32 of the RGB bytes of every frame, decoded in order."
-    size, sums = None, []
-    for frame in _decode(path):
-        size = size or (frame.height, frame.width)
-        sums.append(zlib.crc32(_rgb(frame, size)))
-    return sums
-
-# %% ../nbs/02_video.ipynb #824bf917
-def _by_decord(path, wanted, index):
-    "Frames `wanted` (ascending) by decord as {index: picture}, or None unless each is, bit for bit, the frame of this number."
-    try: import decord
-    except ImportError: return None
-    if not index.checksums: index.checksums = _checksums(path)
-    try:
-        decord.logging.set_level(decord.logging.QUIET)
-        pictures = decord.VideoReader(os.path.abspath(path), num_threads=1).get_batch(wanted).asnumpy()
-    except Exception: pictures = ()   # decord's errors have several classes
-    right = len(pictures) == len(wanted) and pictures.shape[1:] == (index.height, index.width, 3)
-    index.decord = right and all(zlib.crc32(p) == index.checksums[i] for p, i in zip(pictures, wanted))
-    _save(*_place(path), index)
-    return dict(zip(wanted, pictures)) if index.decord else None
-
-# %% ../nbs/02_video.ipynb #0fe1c9c0
-def _costs(wanted, keys):
-    "Frames to decode for `wanted` (ascending): by counting from the start, by jumping to keyframes."
-    last = {int(np.searchsorted(keys, i, side="right")): i for i in wanted}   # stretch -> its last frame
-    return 1 + wanted[-1], sum(1 + i - (keys[stretch - 1] if stretch else 0) for stretch, i in last.items())
-
-# %% ../nbs/02_video.ipynb #2853d0b0
-def _by_counting(path, wanted):
-    "Frames `wanted` (ascending) by PyAV as {index: picture}. Raises VideoError."
-    pictures, wanted, last, size, frames = {}, set(wanted), wanted[-1], None, _decode(path)
+# %% ../nbs/02_video.ipynb #82ec3ba0
+def _by_counting(path, wanted, index):
+    "Frames `wanted` (ascending) by decoding from the start, as {index: picture}. Raises VideoError."
+    pictures, last, i, frames, size = {}, wanted[-1], -1, _decode(path), (index.height, index.width)
+    wanted, times, sums = set(wanted), index.times, np.frombuffer(index.checksums, "<u2")
     try:
         for i, frame in enumerate(frames):
-            size = size or (frame.height, frame.width)
-            if i in wanted: pictures[i] = _rgb(frame, size)
+            if i in wanted:
+                if times and (frame.pts != times[i] or not index.mtime_ns and _checksum(frame) != sums[i]): raise VideoError(path, f"is not the file that was indexed: frame {i} is another one. Index it anew")
+                pictures[i] = _rgb(frame, size)
             if i == last: return pictures
     except _av().error.FFmpegError as error: raise VideoError(path, f"frame {i + 1} cannot be decoded: {error.strerror}") from error
     finally: frames.close()
     raise VideoError(path, f"ends before frame {last}, which was there when it was indexed: did it change meanwhile?")
 
-# %% ../nbs/02_video.ipynb #3b2ad2e3
+# %% ../nbs/02_video.ipynb #1b92e865
+def _unchanged(path, index):
+    "Raise VideoError where the file is not the one that was indexed, as far as size and time of change tell."
+    try: stat = os.stat(path)
+    except OSError as error: raise VideoError(path, error.strerror) from error
+    for name, was, now in (("size", index.size, stat.st_size), ("mtime_ns", index.mtime_ns, stat.st_mtime_ns)):
+        if was and was != now: raise VideoError(path, f"has changed since it was indexed ({name} was {was}, is {now}): index it anew")
+
+# %% ../nbs/02_video.ipynb #70efdd74
 def read_frames(
     path, # a video file
     indices, # which frames, in any order, repeats allowed: sequence of int
+    index=None, # its `FrameIndex`, where known: nothing is looked up or stored then
 ) -> np.ndarray: # uint8 (len(indices), H, W, 3), RGB
-    "The frames at `indices`, each exactly the i-th frame of decoding from the start. Raises IndexError outside the file, VideoError where it cannot be read."
-    indices = [operator.index(i) for i in indices]
-    index, wanted = scan(path), sorted(set(indices))
+    "The frames at `indices`, each exactly the i-th frame of decoding from the start. Raises IndexError outside the file, VideoError where it cannot be read or changed after it was indexed."
+    indices, own = [operator.index(i) for i in indices], index is None
+    if own: index = scan(path)
+    else: _unchanged(path, index)
+    wanted = sorted(set(indices))
     for i in wanted[:1] + wanted[-1:]:
         if i >= index.count and index.problem: raise VideoError(path, f"frame {i} cannot be read: {index.problem}")
         if not 0 <= i < index.count: raise IndexError(f"{path}: there is no frame {i}, the file has {index.count} (0 to {index.count - 1})")
     if not wanted: return np.empty((0, index.height, index.width, 3), np.uint8)
-    counting, jumping = _costs(wanted, index.keys)
-    jump = index.decord and jumping <= counting / 2 and counting - jumping >= 100
-    pictures = (jump and _by_decord(path, wanted, index)) or _by_counting(path, wanted)
+    pictures = _by_seeking(path, wanted, index) if index.seek else None
+    if pictures is None:
+        if index.seek:
+            index.seek = False
+            if own: _save(*_place(path), index)
+        pictures = _by_counting(path, wanted, index)
     return np.stack([pictures[i] for i in indices])
 
-# %% ../nbs/02_video.ipynb #e7faf849
+# %% ../nbs/02_video.ipynb #23add4f7
 def read_video(
     path, # a video file that fits into memory
 ) -> np.ndarray: # uint8 (T, H, W, 3), RGB
@@ -226,13 +348,13 @@ def read_video(
     pictures, size, problem = [], None, ""
     try:
         for frame in _decode(path):
-            size = size or (frame.height, frame.width)
             pictures.append(_rgb(frame, size))
+            size = pictures[0].shape[:2]
     except _av().error.FFmpegError as error: problem = error.strerror
     if not pictures: raise VideoError(path, problem or "no frame of its video stream can be decoded")
     return np.stack(pictures)
 
-# %% ../nbs/02_video.ipynb #347a08a1
+# %% ../nbs/02_video.ipynb #e7c6c91f
 def _whole(low, **values):
     "Check that sampling parameters are whole numbers and at least `low`; return them as int."
     for name, value in values.items():
@@ -241,7 +363,7 @@ def _whole(low, **values):
         if whole < low: raise ValueError(f"{name} must be at least {low}, not {whole}")
         yield whole
 
-# %% ../nbs/02_video.ipynb #845ef795
+# %% ../nbs/02_video.ipynb #e10592a6
 def dense_clip(
     num_frames, # frames in the video
     length, # frames in the clip
@@ -257,7 +379,7 @@ def dense_clip(
     if start >= num_frames: raise ValueError(f"start must lie in the video, below {num_frames}, not {start}")
     return np.minimum(start + stride * np.arange(length), num_frames - 1)
 
-# %% ../nbs/02_video.ipynb #27eab12d
+# %% ../nbs/02_video.ipynb #d8bcf3d3
 def uniform_segments(
     num_frames, # frames in the video
     num_segments, # equal parts, one frame of each
@@ -268,7 +390,7 @@ def uniform_segments(
     u = 0.5 if generator is None else generator.random(num_segments)
     return np.minimum(((np.arange(num_segments) + u) * num_frames / num_segments).astype(int), num_frames - 1)
 
-# %% ../nbs/02_video.ipynb #14b8738f
+# %% ../nbs/02_video.ipynb #387e0a2a
 def multi_view(
     num_frames, # frames in the video
     length, # frames in a clip

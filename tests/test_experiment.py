@@ -551,3 +551,11 @@ def test_the_environment_decides_how_progress_is_shown(monkeypatch):
 
 def test_times_in_words():
     assert [ex.seconds_in_words(s) for s in (0.4, 59.6, 3599.7, 7260)] == ["0 s", "1 min 0 s", "1 h 0 min", "2 h 1 min"]
+
+
+def test_parts_count_missing_videos_those_a_check_left_out_and_those_that_fail_now():
+    records = [SimpleNamespace(id=str(n)) for n in range(20)]
+    lists = {"train": SimpleNamespace(expected=30, found=25, records=records[:15]), "test": SimpleNamespace(expected=5, found=5, records=records[15:])}
+    counts = ex.count_parts({"fit": records[:12], "map": records[12:15], "test": records[15:]}, lists, {"3": "cut off"})
+    assert counts == {"fit": {"expected": 24, "found": 20, "unreadable": 9}, "map": {"expected": 6, "found": 5, "unreadable": 2}, "test": {"expected": 5, "found": 5, "unreadable": 0}}
+    assert sum(c["unreadable"] for n, c in counts.items() if n != "test") == 25 - 15 + 1

@@ -77,7 +77,7 @@ def test_a_chapter_opens_with_its_module_title_and_subtitle(path):
         module = exports[0]
         assert module and module[1] == path.stem[3:] and (ROOT / f"mbd/{module[1]}.py").is_file() and source(first[0]).startswith("#|")
     title = next(source(c) for c in first if c["cell_type"] == "markdown")
-    assert re.match(r"# \S.*\n+> \S", title), title[:80]
+    assert re.match(r"# [^#\s].*\n+> \S", title), title[:80]
     assert [c["cell_type"] for c in first[:2]].count("markdown") >= 1
 
 

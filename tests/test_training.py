@@ -352,3 +352,23 @@ def test_the_whole_schedule_then_save_and_load(tmp_path):
     assert torch.equal(a.local, b.local) and torch.equal(a.global_, b.global_) and torch.equal(model.temperature, again.temperature)
     continued = [weights((train(m, data(), Training(epochs=1, batch_size=8), "distil", TEACH), m)[1]) for m in (model, again)]
     assert equal(*continued)
+
+
+# ---- videos that cannot be read
+
+def test_an_unreadable_video_is_left_out_of_answers_and_counted(tmp_path):
+    pytest.importorskip("av")
+    from mbd.video import write_video
+    rng, views = np.random.default_rng(0), (View(8, 1, 16), View(4, 2, 8))
+    records = [Record(f"v{i}", write_video(tmp_path / f"v{i}.mp4", rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)), i % 3, f"s{i}") for i in range(6)]
+    (tmp_path / "v2.mp4").write_bytes(b"no video")
+    model = MBD(LocalStream(3), GlobalStream(3, frames=4), ["a", "b", "c"], *views)
+    data, sound = (ClipDataset(some, None, *views, clips=2, crops=3, max_failures=.2) for some in (records, [r for r in records if r.id != "v2"]))
+    answers, wanted = training.predict(model, data, batch_size=7), training.predict(model, sound)
+    assert answers.ids == ["v0", "v1", "v3", "v4", "v5"] and answers.sources == ["s0", "s1", "s3", "s4", "s5"] and answers.labels.tolist() == [0, 1, 0, 1, 2]
+    assert answers.local.shape == (5, 6, 3) and torch.allclose(answers.local, wanted.local, atol=1e-5) and torch.allclose(answers.global_, wanted.global_, atol=1e-5)
+    assert list(data.failures) == ["v2"] and not sound.failures
+
+
+def test_a_stage_reads_its_videos_in_workers_with_the_same_result():
+    assert equal(weights(trained(workers=2)[0]), weights(trained()[0]))

@@ -69,37 +69,124 @@ def test_frame_exact_whatever_is_asked(tmp_path, name):
         assert frames.shape == (len(indices), 48, 128, 3) and frames.dtype == np.uint8 and frames.flags.c_contiguous
 
 
-def test_decord_serves_where_proved_and_is_dropped_where_not(tmp_path, monkeypatch):
-    pytest.importorskip("decord")
-    good, bad = write(tmp_path / "good.mp4", film(250), "libx264", 2), write(tmp_path / "bad.avi", film(250), "mpeg4", 2)
-    for path in (good, bad): assert numbers(read_frames(path, range(220, 236))) == list(range(220, 236))
-    assert scan(good).decord and not scan(bad).decord
+def counts(monkeypatch):
+    "Watch how often frames are read by counting."
+    seen, count = [], video._by_counting
+    monkeypatch.setattr(video, "_by_counting", lambda *a: (seen.append(a[0]), count(*a))[1])
+    return seen
+
+
+def test_jumps_serve_where_the_times_are_good(tmp_path, monkeypatch):
+    good, bad = write(tmp_path / "good.mp4", film(250), "libx264", 2), write(tmp_path / "bad.avi", film(250), "libx264", 2)
+    assert scan(good).seek and len(scan(good).times) == 250 == len(scan(good).checksums) / 2 and not scan(bad).seek
     video._index.cache_clear()   # a new process reads it from the disk
-    assert not scan(bad).decord and len(scan(good).checksums) == 250
-    monkeypatch.setattr(video, "_by_counting", lambda *_: pytest.fail("the proved file was not read by jumping"))
-    assert numbers(read_frames(good, [230, 225])) == [230, 225]
+    seen = counts(monkeypatch)
+    for asked in (range(220, 236), [230, 225], range(0, 250, 9), [249], [0], range(250)): assert numbers(read_frames(good, asked)) == list(asked)
+    assert not seen
+    assert numbers(read_frames(bad, range(220, 236))) == list(range(220, 236)) and seen == [bad]
 
 
-def test_a_decord_that_lies_or_fails_is_never_believed(tmp_path, monkeypatch):
-    decord = pytest.importorskip("decord")
-    for k, answer in enumerate((lambda real: real[::-1].copy(), lambda real: real[:, ::-1].copy(), lambda real: real[:-1], lambda real: 1 / 0)):
+@pytest.mark.parametrize("threads", [1, 2, 5, 8])
+def test_threads_change_nothing(tmp_path, monkeypatch, threads):
+    path = write(tmp_path / "a.mp4", film(120), "libx264", 3)
+    index, frames = scan(path), np.stack(truth(path)[0])
+    monkeypatch.setattr(video, "_threads", lambda groups: threads)
+    monkeypatch.setattr(video, "_by_counting", lambda *_: pytest.fail("did not jump"))
+    for asked in (range(60, 76), range(2, 120, 7), [119], range(120)): assert np.array_equal(read_frames(path, asked, index), frames[list(asked)])
+
+
+def lies(real):
+    "Ways in which a jump may go wrong: another frame under the right time, a frame too few, another picture, an error."
+    def earlier(*a):
+        found = list(real(*a))
+        times = [frame.pts for frame in found]
+        for frame, time in zip(found[-1:] + found[:-1], times):
+            frame.pts = time
+            yield frame
+    def fewer(container, stream, wanted): yield from (frame for frame in real(container, stream, wanted) if frame.pts != max(wanted))
+    def mirrored(*a):
+        for frame in real(*a):
+            turned = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.to_ndarray()[:, ::-1]), format=frame.format.name)
+            turned.pts = frame.pts
+            yield turned
+    def fails(*a): raise av.error.InvalidDataError(1094995529, "Invalid data"); yield
+    return earlier, fewer, mirrored, fails
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_jump_that_goes_wrong_is_never_believed(tmp_path, monkeypatch, known):
+    for k, lie in enumerate(lies(video._towards)):
         path = write(tmp_path / f"{k}.mp4", film(250), "libx264", 2)
-        class Reader:
-            def __init__(self, *args, **kwargs): self.real = decord_reader(*args, **kwargs)
-            def get_batch(self, indices): return type("Batch", (), {"asnumpy": lambda _, real=self.real.get_batch(indices).asnumpy(): answer(real)})()
-        decord_reader = decord.VideoReader
+        index = scan(path)
+        assert index.seek
         with monkeypatch.context() as patch:
-            patch.setattr(decord, "VideoReader", Reader)
-            assert numbers(read_frames(path, range(220, 236))) == list(range(220, 236))
-        assert not scan(path).decord
+            patch.setattr(video, "_towards", lie)
+            assert numbers(read_frames(path, range(220, 236), index if known else None)) == list(range(220, 236))
+        assert not index.seek       # not asked again, nor by another process
+        video._index.cache_clear()
+        assert scan(path).seek == known
 
 
-def test_without_decord_pyav_serves_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.mp4", film(250), "libx264", 2)
-    monkeypatch.setitem(sys.modules, "decord", None)
-    assert numbers(read_frames(path, range(220, 236))) == list(range(220, 236))
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match="pip install av"): num_frames(path)
+def test_a_jump_found_wrong_while_indexing_is_never_tried(tmp_path, monkeypatch):
+    for k, lie in enumerate(lies(video._towards)):
+        with monkeypatch.context() as patch:
+            patch.setattr(video, "_towards", lie)
+            assert not scan(write(tmp_path / f"{k}.mp4", film(60), "libx264", 2)).seek
+
+
+def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None); (tmp_path / "a.mp4").write_bytes(b"x")
+    with pytest.raises(ImportError, match="pip install av"): num_frames(tmp_path / "a.mp4")
+
+
+def test_a_row_brings_the_index_back(tmp_path, monkeypatch):
+    for path in (write(tmp_path / "good.mp4", film(120), "libx264", 2), write(tmp_path / "bad.avi", film(120), "mpeg4", 2)):
+        index = scan(path)
+        row = index.row()
+        assert all(type(k) is type(v) is str and not set("\n\r") & set(v) for k, v in row.items()) and not {"path", "size", "mtime_ns"} & set(row)
+        again = video.FrameIndex.from_row(row)
+        assert again.row() == row and (again.count, again.height, again.width, again.keys, again.seek, again.problem) == (120, 48, 128, index.keys, index.seek, "")
+        monkeypatch.setattr(video, "scan", lambda path: pytest.fail("scanned")); monkeypatch.setattr(video, "_save", lambda *_: pytest.fail("cached"))
+        assert numbers(read_frames(path, [100, 3, 3], again)) == [100, 3, 3]
+        with pytest.raises(IndexError, match="has 120"): read_frames(path, [120], again)
+        monkeypatch.undo(); monkeypatch.setenv("MBD_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_row_of_a_long_film_stays_small():
+    index = video.FrameIndex(200_000, 10, 10, "", video._runs(range(0, 200_000, 12)), video._runs(range(200_000)), bytes(400_000), True)
+    assert sum(map(len, index.row().values())) < 100 and not video.FrameIndex.from_row(index.row()).seek
+    assert video.FrameIndex.from_row(index.row(index.count)).times == list(range(200_000))
+    ragged = np.cumsum(np.random.default_rng(0).integers(30, 40, 30_000)).tolist()   # matroska's milliseconds: no two steps alike
+    index = video.FrameIndex(30_000, 10, 10, "", "0", video._runs(ragged), bytes(60_000), True)
+    assert index.times == ragged and max(map(len, index.row().values())) < 131_072    # what Python's csv module reads
+
+
+@pytest.mark.parametrize("change", [dict(count="0"), dict(count="-3"), dict(count="x"), dict(count=None), dict(height="0"), dict(times="0 1x98"), dict(times="0 0x119"), dict(times="0 1x999999999999"), dict(times="a"),
+    dict(keys="5 -3"), dict(keys="0 500"), dict(keys="-1"), dict(checksums="AAAA"), dict(checksums="?"), dict(seek="maybe"), dict(seek=""), dict(times="", checksums="")])
+def test_a_row_of_nonsense_is_refused(change):
+    row = video.FrameIndex(120, 48, 128, "", "0 12x9", "0 512x119", bytes(240), True).row()
+    video.FrameIndex.from_row(row)
+    with pytest.raises(ValueError, match="index the file anew"): video.FrameIndex.from_row(row | change)
+    for name in row:
+        with pytest.raises(ValueError, match="index the file anew"): video.FrameIndex.from_row({k: v for k, v in row.items() if k != name})
+
+
+def test_a_file_changed_after_indexing_is_noticed(tmp_path):
+    path = write_video(tmp_path / "a.mp4", film(120))
+    index = scan(path)
+    row = index.row() | dict(size=str(path.stat().st_size), mtime_ns=str(path.stat().st_mtime_ns))
+    bare, stamped = video.FrameIndex.from_row(index.row()), video.FrameIndex.from_row(row)
+    assert index.mtime_ns == stamped.mtime_ns > 0 == bare.mtime_ns
+    os.utime(path, (1, 1))
+    for known in (index, stamped):
+        with pytest.raises(VideoError, match="has changed since it was indexed .*index it anew"): read_frames(path, [3], known)
+    assert numbers(read_frames(path, [3], bare)) == [3]
+    write_video(path, film(120)[:, ::-1], fps=30)
+    with pytest.raises(VideoError, match="not the file that was indexed"): read_frames(path, [30], bare)
+    write_video(path, film(20))
+    with pytest.raises(VideoError): read_frames(path, [100], video.FrameIndex.from_row(index.row()))
+    path.unlink()
+    with pytest.raises(VideoError, match="No such file"): read_frames(path, [3], bare)
 
 
 def test_same_picture_size_and_bits(tmp_path):
@@ -219,13 +306,13 @@ def test_index_is_kept_and_follows_the_file(tmp_path, cache, monkeypatch):
     assert b"checksums" in stored.read_bytes()
     video._index.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(video, "_scan", lambda path: pytest.fail("decoded again"))
+        patch.setattr(video, "_look", lambda path: pytest.fail("decoded again"))
         assert num_frames(path) == num_frames(str(path)) == 12
     write_video(path, film(14))
     assert num_frames(path) == 14 and numbers(read_frames(path, [13])) == [13]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1, "index": {}}', b"\xff\xfe\x00", b'{"key": null, "index": {"count": 99}}'])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1, "index": {}}', b"\xff\xfe\x00", b'{"key": null, "row": {"count": "99"}}'])
 def test_a_damaged_index_is_made_anew(tmp_path, cache, damage):
     path = write_video(tmp_path / "a.mp4", film(12))
     num_frames(path)

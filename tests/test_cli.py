@@ -1,0 +1,120 @@
+"""The command line: what a user types, what is printed where, and how it ends."""
+import os, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+from mbd import cli
+
+VIDEO = pytest.importorskip("av") and __import__("mbd.video", fromlist=["video"])
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    "No settings of this machine: a folder of its own, with a settings file of its own."
+    for name in [n for n in os.environ if n.startswith("MBD_")]: monkeypatch.delenv(name)
+    monkeypatch.setenv("MBD_CACHE", str(tmp_path / "cache")); monkeypatch.setenv("MBD_PROGRESS", "lines")
+    (tmp_path / "settings.ini").write_text("[data]\nucf101 =\n[run]\ndevice = cpu\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def ucf(tmp_path):
+    "Two classes, three groups, in UCF101's layout; one listed video is missing, one is no video."
+    root, rng = tmp_path / "ucf", np.random.default_rng(0)
+    lists = root / "ucfTrainTestlist"; lists.mkdir(parents=True)
+    (lists / "classInd.txt").write_text("1 Run\n2 Walk\n")
+    names = [f"{c}/v_{c}_g{g:02}_c01.avi" for c in ("Run", "Walk") for g in (1, 2, 3)]
+    (lists / "trainlist01.txt").write_text("".join(f"{n} {1 + n.startswith('Walk')}\n" for n in names if "g01" not in n))
+    (lists / "testlist01.txt").write_text("".join(f"{n}\n" for n in names if "g01" in n))
+    for name in names[:-1]:
+        path = root / "UCF-101" / name; path.parent.mkdir(parents=True, exist_ok=True)
+        VIDEO.write_video(path.with_suffix(".mp4"), rng.integers(0, 255, (8, 32, 48, 3)).astype(np.uint8)).rename(path)
+    (root / "UCF-101" / names[1]).write_bytes(b"no video")
+    return root
+
+
+def test_list_check_list(ucf, capsys):
+    assert cli.main(["data", "list", "ucf101", "--root", str(ucf)]) == 0
+    out = capsys.readouterr().out
+    train = next(line.split() for line in out.splitlines() if line.split()[:3] == ["ucf101", "1", "train"])
+    assert train[3:9] == ["2", "9537", "4", "3", "1", "0"] and "no such list there: ucf101 train (split 2)" in out
+    assert cli.main(["data", "check", "ucf101", "--root", str(ucf), "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "5 videos: 4 readable, 1 unreadable" in out and "v_Run_g02_c01.avi" in out and (ucf / "unreadable.csv").is_file()
+    cli.main(["data", "list", "ucf101", "--root", str(ucf)])
+    train = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:3] == ["ucf101", "1", "train"])
+    assert train[3:9] == ["2", "9537", "4", "3", "1", "1"]      # found as before, and counted as unreadable
+
+
+def test_the_settings_say_where_and_an_option_wins(ucf, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MBD_DATA_UCF101", str(ucf))
+    assert cli.main(["data", "list"]) == 0 and "ucf101" in capsys.readouterr().out
+    assert cli.main(["data", "list", "ucf101", "--root", str(tmp_path / "nowhere")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("mbd: ") and err.count("\n") == 1 and "nowhere" in err
+
+
+def test_resize_by_shards(ucf, tmp_path, capsys):
+    for shard in ("0/2", "1/2"): assert cli.main(["data", "resize", "ucf101", "small", "--root", str(ucf), "--short-side", "16", "--keyframes", "12", "--shard", shard, "--workers", "1"]) == 0
+    copies = sorted(p for p in (tmp_path / "small").rglob("*.mp4"))
+    assert len(copies) == 4 and VIDEO.read_frames(copies[0], [0]).shape == (1, 16, 24, 3)
+
+
+@pytest.mark.parametrize("words, status, said", [
+    (["data", "check", "ucf11"], 2, "did you mean 'ucf101'"),
+    (["data", "check", "ucf101"], 2, "MBD_DATA_UCF101"),
+    (["data", "list"], 2, "no data set is configured"),
+    (["data", "list", "ucf101", "hmdb51", "--root", "x"], 2, "belong to one data set"),
+    (["data", "resize", "ucf101", "out", "--shard", "2/2"], 2, "0 <= i < n"),
+    (["data", "check", "ucf101", "--workers", "0"], 2, "above 0"),
+    (["data", "prepare", "ssv2", "--root", "ssv2"], None, "source"),
+    (["data", "resize", "ucf101", "out", "--root", "gone"], 1, "gone"),
+])
+def test_errors_are_short_and_the_status_tells(words, status, said, capsys):
+    try: ended = cli.main(words)
+    except SystemExit as error: ended = error.code
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err and "mbd" in err
+    assert ended == status if status is not None else ended in (1, 2)
+
+
+def test_a_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("MBD_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError): cli.main(["data", "list", "ucf101", "--root", "gone"])
+
+
+def test_stopped_by_hand(monkeypatch, capsys, ucf):
+    def stop(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr("mbd.scanning.check", stop)
+    assert cli.main(["data", "check", "ucf101", "--root", str(ucf)]) == 130 and "continues" in capsys.readouterr().err
+
+
+def test_prepare_hands_the_words_on(monkeypatch, capsys, tmp_path):
+    from mbd import preparation
+    asked = {}
+    def prepare(name, root, **options):
+        asked.update(options, name=name, root=root)
+        return preparation.Prepared(name, root, root, 3, 1)
+    monkeypatch.setattr(preparation, "prepare", prepare); monkeypatch.setenv("MBD_URLS_KINETICS400", "https://mirror.example.org/k400/")
+    assert cli.main(["data", "prepare", "kinetics400", "--root", "k", "--subset", "train", "--subset", "test", "--discard"]) == 0
+    assert (asked["name"], asked["root"], asked["urls"], asked["subsets"], asked["keep"]) == ("kinetics400", Path("k"), "https://mirror.example.org/k400", ("train", "test"), False)
+    assert cli.main(["data", "prepare", "kinetics400", "--root", "k", "--url", "https://other.example.org"]) == 0
+    assert asked["urls"] == "https://other.example.org" and asked["keep"] is True and "3 videos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["bench"], ["bench", "data"]])
+def test_help_of_everything(words, capsys):
+    with pytest.raises(SystemExit) as ended: cli.main([*words, "--help"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("usage: mbd")
+
+
+def test_help_needs_no_torch_and_the_program_is_installed():
+    code = "import sys\nfrom mbd.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'av' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}, capture_output=True).returncode == 0
+    from importlib.metadata import entry_points
+    assert [e.value for e in entry_points(group="console_scripts") if e.name == "mbd"] in (["mbd.cli:main"], [])
+
+
+def test_a_closed_pipe_is_no_error(ucf):
+    program = f"{sys.executable} -c 'import sys; from mbd.cli import main; sys.exit(main())' data list ucf101 --root '{ucf}'"
+    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {program} | true"], env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}, capture_output=True, text=True)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr
