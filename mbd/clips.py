@@ -238,8 +238,9 @@ def load_frames(
     limit_gib=2.0, # refuse to keep more than this
     workers=2, # decoding threads
     progress=None, # called with (videos done, videos in all)
+    max_failures=1.0, # fraction of the records that may turn out unreadable
 ):
-    "({id: uint8 (T, H, W, 3)}, {id: reason}): the decoded videos, and those that could not be read. Raises MemoryError beyond `limit_gib`."
+    "({id: uint8 (T, H, W, 3)}, {id: reason}): the decoded videos, and those that could not be read. Raises MemoryError beyond `limit_gib`, RuntimeError beyond `max_failures`."
     frames, unreadable, total = {}, {}, 0
     def read(record):
         try: return _decoded(record.path, size, max_frames)
@@ -248,6 +249,10 @@ def load_frames(
         for done, (record, out) in enumerate(zip(records, pool.map(read, records)), 1):
             if isinstance(out, video.VideoError): unreadable[record.id] = out.problem
             else: frames[record.id] = out; total += out.nbytes
+            if len(unreadable) > max_failures * len(records):
+                pool.shutdown(cancel_futures=True)
+                raise RuntimeError(f"{len(unreadable)} of the first {done} of {len(records)} videos could not be read, max_failures = {max_failures} allows {int(max_failures * len(records))}; "
+                                   f"the last: {out}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
             if total > limit_gib * 2**30:
                 pool.shutdown(cancel_futures=True)
                 raise MemoryError(f"the first {done} of {len(records)} videos fill {limit_gib} GiB; lower size or max_frames, use fewer videos, or raise limit_gib to about {total/2**30*len(records)/done:.1f}")

@@ -652,3 +652,12 @@ def test_real_clips_are_read_alike_from_memory_cache_and_file(tmp_path):
         for other in made[1:]:
             if name in other: assert all(torch.equal(a, b) for a, b in zip(made[0][name], other[name]))
     assert made[0].keys() >= made[2].keys() and len(made[2]) >= 3
+
+
+def test_decoding_ahead_stops_where_too_many_videos_fail(tmp_path):
+    records = [Record(f"v{i}", tmp_path / f"v{i}.mp4", 0, f"s{i}") for i in range(10)]
+    for i, record in enumerate(records): video.write_video(record.path, np.full((4, 16, 16, 3), 9 * i, np.uint8))
+    records[3].path.write_bytes(b"no video"); records[7].path.unlink()
+    frames, unreadable = load_frames(records, max_failures=.2)
+    assert len(frames) == 8 and set(unreadable) == {"v3", "v7"}
+    with pytest.raises(RuntimeError, match=r"2 of the first 8 of 10 .* allows 1; .*v7\.mp4.*mbd data check"): load_frames(records, max_failures=.1)
