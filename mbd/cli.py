@@ -73,9 +73,9 @@ def _data_resize(words):
 def _bench_data(words):
     "Clips a second by decoder, codec, key frames, workers and length."
     from mbd import throughput
-    few = dict(codecs=("H.264",), keyframes=(48,), lengths=(16,), workers=0, rounds=3) if words.quick else {}
-    command = "mbd bench data" + " --quick" * words.quick
-    print(throughput.data_table(words.output, real=os.environ.get("MBD_REALDATA"), command=command, progress=_bar("measuring", "lines"), **few))
+    few = dict(codecs=("H.264",), keyframes=(48,), lengths=(16,), workers=0) if words.quick else {}
+    command = f"mbd bench data{' --quick' * words.quick} --rounds {words.rounds}" + " --real FOLDER" * bool(words.real)
+    print(throughput.data_table(words.output, real=words.real, rounds=words.rounds, command=command, progress=_bar("measuring", "lines"), **few))
 
 # %% ../nbs/17_cli.ipynb #ce88556a
 _NAMES = [name for name in settings.DATASETS if name != "miniactions"]
@@ -134,7 +134,9 @@ def parser():
     bench = commands.add_parser("bench", help="measure speed on this machine").add_subparsers(required=True, metavar="WHAT")
     data = bench.add_parser("data", help="clips a second: reading and transforms", description="Clips a second: reading and transforms, by decoder, codec, key frames, workers and clip length")
     data.add_argument("--output", metavar="FILE", help="write the table here too (Markdown)")
-    data.add_argument("--quick", action="store_true", help="fewer cells and repeats, about a minute")
+    data.add_argument("--real", metavar="FOLDER", help="measure the videos in this folder too")
+    data.add_argument("--rounds", type=_positive, default=7, metavar="N", help="how often each reader takes its turn (default %(default)s)")
+    data.add_argument("--quick", action="store_true", help="H.264 with a key frame every 48 frames and clips of 16 only")
     data.set_defaults(function=_bench_data)
     return top
 

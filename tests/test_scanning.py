@@ -9,7 +9,7 @@ from mbd.scanning import load_index
 
 av = pytest.importorskip("av")
 check, resize = functools.partial(scanning.check, workers=1), functools.partial(scanning.resize, workers=1)      # a second process costs more than it gains here
-REAL = Path(os.environ.get("MBD_REALDATA", "/nonexistent"))
+REAL = Path(os.environ.get("MBD_REALDATA") or "absent").absolute()
 TASKS = """
 import os, resource, signal, time
 from pathlib import Path
