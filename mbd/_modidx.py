@@ -477,7 +477,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbd.scanning._sweep': ('scanning.html#_sweep', 'mbd/scanning.py'),
                               'mbd.scanning._targets': ('scanning.html#_targets', 'mbd/scanning.py'),
                               'mbd.scanning._videos': ('scanning.html#_videos', 'mbd/scanning.py'),
-                              'mbd.scanning._whole': ('scanning.html#_whole', 'mbd/scanning.py'),
                               'mbd.scanning._write_table': ('scanning.html#_write_table', 'mbd/scanning.py'),
                               'mbd.scanning._write_tables': ('scanning.html#_write_tables', 'mbd/scanning.py'),
                               'mbd.scanning.check': ('scanning.html#check', 'mbd/scanning.py'),

@@ -6,13 +6,13 @@
 __all__ = ['ENDINGS', 'Report', 'check', 'load_index', 'resize']
 
 # %% ../nbs/03_scanning.ipynb #72198f0d
-import contextlib, csv, errno, faulthandler, hashlib, importlib, itertools, json, operator, os, queue, re, signal, subprocess, sys, tempfile, threading, zlib
+import contextlib, csv, errno, faulthandler, hashlib, importlib, itertools, json, os, queue, re, signal, subprocess, sys, tempfile, threading, zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from . import video
-from .video import FrameIndex, VideoError
+from .video import FrameIndex, VideoError, _whole
 
 # %% ../nbs/03_scanning.ipynb #9fc56068
 def _matroska_number(data, at):
@@ -290,13 +290,6 @@ def _sensible(row):
     except (ValueError, KeyError, TypeError): return False
 
 # %% ../nbs/03_scanning.ipynb #76b2f629
-def _whole(low, high=float("inf"), **values):
-    "Check that parameters are whole numbers from `low` to `high`; return them as int."
-    for name, value in values.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"): raise TypeError(f"{name} must be a whole number, not {value!r}")
-        if not low <= operator.index(value) <= high: raise ValueError(f"{name} must be {f'from {low} to {high}' if high < float('inf') else f'at least {low}'}, not {value}")
-        yield operator.index(value)
-
 def _arguments(root, workers, timeout):
     if not os.path.isdir(root): raise FileNotFoundError(f"root {os.fspath(root)!r} is no folder; name the one that holds the videos")
     if not timeout > 0: raise ValueError(f"timeout must be above 0 seconds, not {timeout!r}")

@@ -355,13 +355,12 @@ def read_video(
     return np.stack(pictures)
 
 # %% ../nbs/02_video.ipynb #e7c6c91f
-def _whole(low, **values):
-    "Check that sampling parameters are whole numbers and at least `low`; return them as int."
+def _whole(low, high=float("inf"), **values):
+    "Check that parameters are whole numbers from `low` to `high`; yield them as int."
     for name, value in values.items():
-        try: whole = operator.index(value)
-        except TypeError: raise TypeError(f"{name} must be a whole number, not {value!r}") from None
-        if whole < low: raise ValueError(f"{name} must be at least {low}, not {whole}")
-        yield whole
+        if isinstance(value, bool) or not hasattr(value, "__index__"): raise TypeError(f"{name} must be a whole number, not {value!r}")
+        if not low <= operator.index(value) <= high: raise ValueError(f"{name} must be {f'from {low} to {high}' if high < float('inf') else f'at least {low}'}, not {value}")
+        yield operator.index(value)
 
 # %% ../nbs/02_video.ipynb #e10592a6
 def dense_clip(

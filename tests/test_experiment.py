@@ -194,6 +194,7 @@ def test_run_notebooks_agree_with_the_declaration(name):
     if not path.is_file():
         pytest.skip(f"{path.name} is not there (an installed package has no notebooks)")
     ex.check_notebook(path, name)
+    assert ex.parameters_cell(name) in ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
 
 
 # ---- files
