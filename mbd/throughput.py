@@ -196,11 +196,19 @@ def data_table(
     total, done = 2 * len(jobs) * (len(lengths) + bool(workers)) + 2 * len(clips), 0
     text = ["# Clips per second", "", machine(), "", f"`{command}`", "", f"Films of {num_frames} frames, {size[1]} x {size[0]}. Each cell: clips/s, median of {rounds} rounds in turn; processor time of all cores, least of the rounds; then ours with an index over it, in the same round: median [lowest, highest].",
             *(f"{name} is not measured: {why}" for name, why in missing.items())]
+    def save():
+        # after every line, so that a stop loses nothing; half a table says that it is half
+        if not report: return
+        Path(report).parent.mkdir(parents=True, exist_ok=True)
+        part = Path(f"{report}.part")
+        part.write_text("\n".join(text + ["", f"Unfinished: {done} of {total} lines."] * (done < total)) + "\n", encoding="utf-8")
+        part.replace(report)
     def add(path, title, length, processes=0):
         nonlocal done
         for kind, indices in requests(video.num_frames(path), length).items():
             text.append(line(f"{title}, {length} {kind}", row(path, indices, found, rounds, 16, processes), found))
             done += 1
+            save()
             if progress: progress(done, total)
     with tempfile.TemporaryDirectory() as folder:
         films = {job: write_film(Path(folder) / f"{job[1]}{'.mp4' if job[0] == 'H.264' else '.avi'}", *job, num_frames, *size) for job in jobs}
@@ -213,7 +221,4 @@ def data_table(
     if clips:
         text += head("Real clips, one process")
         for path in clips: add(path, path.relative_to(real).as_posix().replace("|", " "), 16 if 16 in lengths else lengths[0])
-    if report:
-        Path(report).parent.mkdir(parents=True, exist_ok=True)
-        Path(report).write_text("\n".join(text) + "\n", encoding="utf-8")
     return "\n".join(text) + "\n"
