@@ -25,8 +25,8 @@ class View:
     frames: int = 16         # frames in the clip
     stride: int = 2          # distance between them, in frames of the video
     size: int = 56           # height and width handed to the network, in pixels
-    mean: float = 0.45       # subtracted from grey values in 0..1
-    std: float = 0.225       # then divided by
+    mean: float | tuple = 0.45  # subtracted from grey values in 0..1; one number, or one for each of red, green, blue
+    std: float | tuple = 0.225  # then divided by
     seconds: float = 0.0     # above 0: distance between frames in seconds, and stride does not count
     sampling: str = "dense"  # "dense", "segments" of the video, or segments of the other stream's stretch: "shared"
     resize: str = "area"     # "area" in floating point, or "bilinear" on bytes
@@ -35,7 +35,11 @@ class View:
         for name in ("frames", "stride", "size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"view: {name} must be a whole number of at least 1, not {value!r}")
-        if not self.std > 0: raise ValueError(f"view: std must be above 0, not {self.std!r}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if isinstance(value, list): object.__setattr__(self, name, value := tuple(value))     # as JSON gives it back
+            if isinstance(value, tuple) and len(value) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in np.atleast_1d(np.array(value, object))): raise ValueError(f"view: {name} must be a number or three, not {value!r}")
+        if not np.min(self.std) > 0: raise ValueError(f"view: std must be above 0, not {self.std!r}")
         if not 0 <= self.seconds < math.inf: raise ValueError(f"view: seconds must be above 0, or 0 to count in frames, not {self.seconds!r}")
         for name, known in (("sampling", ("dense", "segments", "shared")), ("resize", ("area", "bilinear"))):
             if getattr(self, name) not in known: raise ValueError(f"view: {name} = {getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
@@ -187,7 +191,8 @@ def _clip(frames, index, view, where):
     if where.randaugment or (where.contrast, where.saturation, where.hue) != (1, 1, 0):
         clip = _colour(clip if clip.dtype == torch.uint8 else clip.mul(255).round_().byte(), where)
     if clip.dtype == torch.uint8: clip = clip.float().div_(255)
-    return clip.mul_(where.gain).add_(where.offset - view.mean).div_(view.std).transpose(0, 1).contiguous()
+    mean, std = (torch.tensor(value, dtype=torch.float64).view(-1, 1, 1) for value in (view.mean, view.std))
+    return clip.mul_(where.gain).add_((where.offset - mean).float()).div_(std.float()).transpose(0, 1).contiguous()
 
 # %% ../nbs/05_clips.ipynb #2265979d
 def cut(
@@ -569,5 +574,5 @@ def batches(
     shuffle=False, # new order each epoch, from the data set's seed and epoch; drops a last batch that is too small to normalise
     workers=0, # loader processes; 0 reads in this one
 ) -> Batches:
-    "Batches of `data`: dicts of tensors. Unreadable videos are left out, logged and counted in `data.failures`. Raises RuntimeError where there are too many."
-    return Batches(data, batch_size, shuffle, workers)
+    "Batches of `data`: dicts of tensors. Unreadable videos are left out, logged and counted in `data.failures`. Raises RuntimeError where there are too many. Data with a way of its own, a method `batches(batch_size, shuffle)`, goes that way."
+    return data.batches(batch_size, shuffle) if hasattr(data, "batches") else Batches(data, batch_size, shuffle, workers)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'ENDINGS', 'VIDEOS', 'LISTS', 'ARCHIVES', 'HMDB51_NUMBERS', 'K400_COLUMNS', 'K400_WORDS', 'READERS', 'Record',
-           'Dataset', 'names_direction', 'load', 'counts', 'table', 'cut_parts']
+           'Dataset', 'names_direction', 'load', 'has_seen', 'counts', 'table', 'cut_parts']
 
 # %% ../nbs/03_datasets.ipynb #45e74edb
 import csv, gc, json, os, re
@@ -27,6 +27,7 @@ class Record:
     subset: str = "train"  # the official list it stands in
     start: int | None = None  # second of the YouTube video at which the clip begins (Kinetics-400)
     end: int | None = None    # and ends
+    origin: str = ""          # the list by name, as "kinetics400/train" or "ucf101/train1": what weights that were trained on it have seen
 
 # %% ../nbs/03_datasets.ipynb #85c36837
 KNOWN = {  # data set -> (number of classes, {(split, subset): {videos in the list: which list that is}})
@@ -404,7 +405,7 @@ def _unreadable(root):
     return {str(root / path): reason for _, path, reason in rows}
 
 # %% ../nbs/03_datasets.ipynb #4abb89d3
-def _records(rows, subset, reasons):
+def _records(rows, subset, reasons, origin):
     "(records, {id: reason}) of the rows whose file was found."
     folders, records, unreadable = {}, [], {}
     for id, label, source, path, *times in rows:
@@ -413,7 +414,7 @@ def _records(rows, subset, reasons):
         if above not in folders: folders[above] = Path(above or os.sep)
         path = folders[above] / file
         if reasons and str(path) in reasons: unreadable[id] = reasons[str(path)]
-        else: records.append(Record(id, path, label, source, subset, *times))
+        else: records.append(Record(id, path, label, source, subset, *times, origin=origin))
     return records, unreadable
 
 # %% ../nbs/03_datasets.ipynb #81cdc404
@@ -442,10 +443,22 @@ def load(
     if subset not in subsets: raise ValueError(f"{name} has no subset {subset!r}; {nearest(subset, list(subsets))}")
     with _no_collection():
         classes, rows = reader(root := Path(root), split, subset, Path(annotations) if annotations else None)
-        records, unreadable = _records(rows, subset, _unreadable(root))
+        records, unreadable = _records(rows, subset, _unreadable(root), f"{name}/{subset}{split if len(splits) > 1 else ''}")
     missing = [row[0] for row in rows if row[3] is None]
     directional = frozenset(label for label, c in enumerate(classes) if names_direction(c))
     return Dataset(name, split, subset, records, classes, len(rows), len(rows) - len(missing), missing, unreadable, directional)
+
+# %% ../nbs/03_datasets.ipynb #70618f7f
+def has_seen(
+    seen, # names of lists that weights were trained on
+    origin, # of a record
+) -> bool:
+    "Can a video of this list be among those?"
+    data, subset, split = re.fullmatch(r"(.*?)/?([a-z]*)(\d*)", origin).groups()
+    for name in seen:
+        other, their_subset, their_split = re.fullmatch(r"(.*?)/?([a-z]*)(\d*)", name).groups()
+        if origin and data == other and (subset == their_subset or split != their_split): return True
+    return False
 
 # %% ../nbs/03_datasets.ipynb #7a98da48
 def counts(

@@ -89,12 +89,13 @@ COLUMNS = {"ours, index": {"": video.read_frames}, "ours, cold": {"": _cold}, "P
 def available():
     "{column: {way: reader}} of what is installed here, and {column: why not} of the rest."
     found, missing = {}, {}
-    for name, ways in COLUMNS.items():
-        module = {"PyAV loop": "av", "decord": "decord", "pytorchvideo": "pytorchvideo.data.encoded_video", "torchcodec": "torchcodec.decoders"}.get(name)
-        try:
-            if module: __import__(module)
-            found[name] = ways
-        except Exception as error: missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_film(Path(folder) / "try.mp4", "H.264", 4, 8, 64, 64)     # some import well and fail at the first film
+        for name, ways in COLUMNS.items():
+            try:
+                for reader in ways.values(): reader(path, [2, 3], video.scan(path))
+                found[name] = ways
+            except Exception as error: missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
     return found, missing
 
 # %% ../nbs/05_throughput.ipynb #62eefd84
