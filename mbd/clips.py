@@ -536,20 +536,28 @@ class _Order:
         for b in range(len(self)): yield [(i, seed, epoch) for i in order[b*self.batch_size:(b + 1)*self.batch_size]]
 
 # %% ../nbs/05_clips.ipynb #c4429ca2
+_PATIENCE = 600    # seconds that loader processes may be silent
+
 class Batches:
     "Iterate over it once an epoch: each time it yields the batches of the data set's seed and epoch. `batches` makes it."
     def __init__(self, data, batch_size, shuffle, workers):
         self.data, self.least, order = data, 2 if shuffle and batch_size > 1 else 1, _Order(data, batch_size, shuffle)
         self.loader = torch.utils.data.DataLoader(_Reader(data), batch_sampler=order, num_workers=workers, collate_fn=_collate,
-                                                  persistent_workers=workers > 0, generator=torch.Generator())
+                                                  persistent_workers=workers > 0, timeout=_PATIENCE if workers else 0, generator=torch.Generator())
 
     def __len__(self): return len(self.loader)
 
     def __iter__(self):
         _check_failures(self.data)
-        for batch, failed in self.loader:
+        for batch, failed in self._loaded():
             for index, reason in failed: _count_failure(self.data, index, reason)
             if batch is not None and len(batch["label"]) >= self.least: yield batch
+
+    def _loaded(self):
+        try: yield from self.loader
+        except RuntimeError as error:
+            if "timed out" not in str(error): raise
+            raise RuntimeError(f"no batch came for {_PATIENCE} seconds: a decoder hangs, or the disk is that slow. Run `mbd data check`, which lists every hanging file and which training then leaves out; or set workers to 0") from error
 
 # %% ../nbs/05_clips.ipynb #5b425bbd
 def _count_failure(data, index, reason):

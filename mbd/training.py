@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import torch, torch.nn as nn, torch.nn.functional as F
 from .clips import batches
+from .datasets import has_seen
 from .distillation import Distillation, distillation_loss
 from .dominance import fit_temperature, measure
 from .evaluation import average_views, choose_baseline
@@ -205,22 +206,34 @@ def measure_map(
     model, # an MBD; its temperature and map are set
     data, # a ClipDataset with train=False: the map part
     seed=0, # of the intervals' resampling
+    **reading, # batch_size, workers, progress of `predict`
 ) -> Predictions: # what it was measured on
-    "Fit the temperatures and measure the dominance map of a model as it is now."
-    answers = predict(model, data)
+    "Fit the temperatures and measure the dominance map of a model as it is now. Raises ValueError on videos that a stream's weights have seen."
+    _refuse_seen(model, data, "map")
+    answers = predict(model, data, **reading)
     views = answers.labels.repeat_interleave(data.views)
     model.temperature.copy_(torch.tensor([fit_temperature(z.flatten(0, 1), views) for z in (answers.local, answers.global_)]))
     model.map = measure(*calibrate(answers, model.temperature), answers.labels, answers.sources, model.classes, seed=seed)
     return answers
 
+# %% ../nbs/13_training.ipynb #01e7f3e9
+def _refuse_seen(model, data, what):
+    "Raise ValueError where a stream was trained on one of the records' lists."
+    for origin in sorted({getattr(record, "origin", "") for record in data.records}):
+        for name, stream in (("local", model.local), ("global", model.global_)):
+            if has_seen(getattr(stream, "seen", ()), origin):
+                raise ValueError(f"the {what} cannot be fitted on {origin}: the weights of the {name} stream ({getattr(stream, 'backbone', type(stream).__name__)}) have seen its labels; use videos they have not seen, such as half of the validation list")
+
 # %% ../nbs/13_training.ipynb #7f608631
 def fit_fusions(
     model, # an MBD with a map; its fusion is set to the adaptive one
     data, # a ClipDataset with train=False: the gate part
+    **reading, # batch_size, workers, progress of `predict`
 ) -> tuple: # ({name: fusion}, name of the best baseline on this part)
-    "Fit all fusions on the gate part. Raises ValueError without a map."
+    "Fit all fusions on the gate part. Raises ValueError without a map, and on videos that a stream's weights have seen."
+    _refuse_seen(model, data, "fusion")
     if model.map is None: raise ValueError("the adaptive fusion needs the dominance map: call measure_map(model, map part) first")
-    answers = predict(model, data)
+    answers = predict(model, data, **reading)
     pair = [z.exp() for z in calibrate(answers, model.temperature)]
     fusions = {"average": MeanFusion(), "scalar": ScalarFusion(), "adaptive": AdaptiveFusion(model.map.logit_share)}
     for fusion in fusions.values(): fusion.fit(*pair, answers.labels)

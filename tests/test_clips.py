@@ -661,3 +661,30 @@ def test_decoding_ahead_stops_where_too_many_videos_fail(tmp_path):
     frames, unreadable = load_frames(records, max_failures=.2)
     assert len(frames) == 8 and set(unreadable) == {"v3", "v7"}
     with pytest.raises(RuntimeError, match=r"2 of the first 8 of 10 .* allows 1; .*v7\.mp4.*mbd data check"): load_frames(records, max_failures=.1)
+
+
+class Hanging(ClipDataset):
+    "A decoder that never comes back."
+    def read(self, *_): time.sleep(60)
+
+
+def test_a_decoder_that_hangs_in_a_worker_ends_the_run_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(clips, "_PATIENCE", 1)
+    data = Hanging([record(f"v{i}") for i in range(4)])
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="mbd data check"): list(batches(data, 2, workers=1))
+    assert time.monotonic() - begun < 30
+
+
+def test_each_colour_has_its_own_mean_and_deviation():
+    frames = np.zeros((4, 8, 8, 3), np.uint8) + np.array([0, 51, 255], np.uint8)
+    view = View(2, 1, 8, mean=[.1, .2, .5], std=(.5, 1., 2.))
+    got = cut(frames, view, draw(frames.shape[:3], [view], augment=Augmentation(1.)))
+    assert torch.allclose(got.mean((1, 2, 3)), torch.tensor([-.2, 0., .25]), atol=1e-6)
+    one, three = (cut(frames, View(2, 1, 8, mean=m), draw(frames.shape[:3], [view])) for m in (.45, (.45,) * 3))
+    assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("bad", [dict(mean=(1, 2)), dict(std=(.1, 0., .2)), dict(mean="grey"), dict(std=float("nan")), dict(mean=(.1, float("inf"), .1))])
+def test_a_mean_or_deviation_that_is_no_colour_is_refused(bad):
+    with pytest.raises(ValueError, match=f"view: {next(iter(bad))}"): View(**bad)

@@ -372,3 +372,14 @@ def test_an_unreadable_video_is_left_out_of_answers_and_counted(tmp_path):
 
 def test_a_stage_reads_its_videos_in_workers_with_the_same_result():
     assert equal(weights(trained(workers=2)[0]), weights(trained()[0]))
+
+
+@pytest.mark.parametrize("fit", [measure_map, fit_fusions])
+def test_nothing_is_fitted_on_videos_that_pretrained_weights_have_seen(fit):
+    "Confidence on them is memory: neither the map nor the fusion may be measured there."
+    part, model = data(False), make()
+    part.records = [replace(r, origin="kinetics400/train") for r in part.records]
+    model.global_.seen = frozenset(["imagenet1k", "kinetics400/train"])
+    with pytest.raises(ValueError, match=r"kinetics400/train.*global stream.*half of the validation list"): fit(model, part)
+    part.records = [replace(r, origin="kinetics400/validation") for r in part.records]
+    fit(model, part)
