@@ -56,11 +56,17 @@ def average_views(
 
 # %% ../nbs/14_evaluation.ipynb #c2fa5174
 def describe_protocol(
-    protocol: dict,  # clips, crops, and for each stream frames, stride and size
+    protocol: dict,  # clips, crops, and for each stream the fields of its View
 ) -> str:
     "The test protocol in words."
     def view(p):
-        return f"{p['frames']} frames, every {p['stride']}., {p['size']} px" if p["stride"] > 1 else f"{p['frames']} frames in a row, {p['size']} px"
+        if p.get("sampling", "dense") != "dense":
+            when = " spread over the video" if p["sampling"] == "segments" else " spread over the other stream's stretch"
+        elif p.get("seconds"):
+            when = f", {1 / p['seconds']:g} a second"
+        else:
+            when = f", every {p['stride']}." if p["stride"] > 1 else " in a row"
+        return f"{p['frames']} frames{when}, {p['size']} px"
 
     clips, crops = protocol["clips"], protocol["crops"]
     return (f"{clips} clip{'s' * (clips != 1)} x {crops} crop{'s' * (crops != 1)} a video, probabilities averaged; "
