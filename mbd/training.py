@@ -201,6 +201,14 @@ def calibrate(
     "Calibrated log-probabilities of both streams, views averaged."
     return tuple(average_views(logits / t) for logits, t in zip((predictions.local, predictions.global_), temperature.cpu()))
 
+# %% ../nbs/13_training.ipynb #01e7f3e9
+def _refuse_seen(model, data, what):
+    "Raise ValueError where a stream was trained on one of the records' lists."
+    for origin in sorted({getattr(record, "origin", "") for record in data.records}):
+        for name, stream in (("local", model.local), ("global", model.global_)):
+            if has_seen(getattr(stream, "seen", ()), origin):
+                raise ValueError(f"the {what} cannot be fitted on {origin}: the weights of the {name} stream ({getattr(stream, 'backbone', type(stream).__name__)}) have seen its labels; use videos they have not seen, such as half of the validation list")
+
 # %% ../nbs/13_training.ipynb #ba4f6973
 def measure_map(
     model, # an MBD; its temperature and map are set
@@ -215,14 +223,6 @@ def measure_map(
     model.temperature.copy_(torch.tensor([fit_temperature(z.flatten(0, 1), views) for z in (answers.local, answers.global_)]))
     model.map = measure(*calibrate(answers, model.temperature), answers.labels, answers.sources, model.classes, seed=seed)
     return answers
-
-# %% ../nbs/13_training.ipynb #01e7f3e9
-def _refuse_seen(model, data, what):
-    "Raise ValueError where a stream was trained on one of the records' lists."
-    for origin in sorted({getattr(record, "origin", "") for record in data.records}):
-        for name, stream in (("local", model.local), ("global", model.global_)):
-            if has_seen(getattr(stream, "seen", ()), origin):
-                raise ValueError(f"the {what} cannot be fitted on {origin}: the weights of the {name} stream ({getattr(stream, 'backbone', type(stream).__name__)}) have seen its labels; use videos they have not seen, such as half of the validation list")
 
 # %% ../nbs/13_training.ipynb #7f608631
 def fit_fusions(
