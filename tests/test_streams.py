@@ -1,7 +1,7 @@
 import itertools
 import pytest, torch
 from mbd.global_stream import Block, FrameStem, GlobalStream
-from mbd.local_stream import ConvStage, LocalStream, receptive_field
+from mbd.local_stream import LONG, ConvStage, LocalStream, gradient_field, long_cnn, receptive_field
 
 
 def local(seed=0, classes=5, **config):
@@ -29,6 +29,8 @@ def clip(batch=2, frames=8, size=32, seed=0): return torch.randn(batch, 3, frame
 @pytest.mark.parametrize("stream, x, names, shapes", [
     (local(), clip(), ["stage1", "stage2", "stage3", "stage4"], [(2, 16, 8, 16, 16), (2, 24, 8, 8, 8), (2, 48, 8, 4, 4), (2, 64, 8, 4, 4)]),
     (local(widths=(4, 6), temporal_kernels=(1, 3)), clip(1, 3, 20), ["stage1", "stage2"], [(1, 4, 3, 10, 10), (1, 6, 3, 10, 10)]),
+    (local(widths=(4, 6), temporal_kernels=(3, 5), strides=(1, 2), dilations=(2, 3)), clip(1, 3, 20), ["stage1", "stage2"], [(1, 4, 3, 20, 20), (1, 6, 3, 10, 10)]),
+    (local(**LONG), clip(2, 8, 28), [f"stage{i}" for i in range(1, 6)], [(2, 16, 8, 14, 14), (2, 24, 8, 7, 7), (2, 48, 8, 4, 4), (2, 64, 8, 4, 4), (2, 64, 8, 4, 4)]),
     (global_(), clip(frames=6, size=28), ["stem", "block1", "block2"], [(2, 24, 6, 3, 3)] * 3),
     (global_(grid=2, frames=3, depth=1), clip(1, 3, 16), ["stem", "block1"], [(1, 24, 3, 2, 2)] * 2),
 ])
@@ -55,7 +57,7 @@ def test_odd_and_small_pictures(stream, x): assert torch.isfinite(stream(x).logi
 
 
 def test_config_builds_the_same_stream_again():
-    for stream in (local(widths=(4, 6), temporal_kernels=(3, 1)), global_()):
+    for stream in (local(widths=(4, 6), temporal_kernels=(3, 1)), local(widths=[4, 6], temporal_kernels=[3, 1], strides=[1, 2], dilations=[1, 2]), global_()):
         again = type(stream)(**stream.config)
         again.load_state_dict(stream.state_dict())
         x = clip(frames=6)
@@ -63,7 +65,8 @@ def test_config_builds_the_same_stream_again():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: ConvStage(3, 4, 2), "temporal_kernel must be odd, not 2"), (lambda: LocalStream(5, (4, 6), (3,)), "2 stages, temporal_kernels 1"), (lambda: local()(clip()[0]), r"expected a clip \(B, 3, T, H, W\), got \(3, 8, 32, 32\)"),
+    (lambda: ConvStage(3, 4, 2), "temporal_kernel must be odd, not 2"), (lambda: LocalStream(5, (4, 6), (3,)), "2 stages, temporal_kernels 1"),
+    (lambda: LocalStream(5, (4, 6), (3, 3), strides=(2,)), "2 stages, strides 1"), (lambda: long_cnn(5, dilations=(1, 2)), "5 stages, dilations 2"), (lambda: local()(clip()[0]), r"expected a clip \(B, 3, T, H, W\), got \(3, 8, 32, 32\)"),
     (lambda: local()(clip().transpose(1, 2)), r"got \(2, 8, 3, 32, 32\)"), (lambda: GlobalStream(5, width=10, heads=4), r"heads \(4\) must divide width \(10\)"), (lambda: global_()(clip(frames=8)), r"expected a clip \(B, 3, 6, H, W\), got \(2, 3, 8, 32, 32\)"),
     (lambda: global_()(clip(frames=6)[:, :1]), r"got \(2, 1, 6, 32, 32\)"),
 ])
@@ -73,7 +76,8 @@ def test_clear_errors(make, words):
 
 # ---- the local stream is local
 
-CONFIGS = [dict(), dict(widths=(4, 6), temporal_kernels=(3, 3)), dict(widths=(4, 6, 8), temporal_kernels=(1, 5, 1)), dict(widths=(6,), temporal_kernels=(7,)), dict(widths=(4, 4, 4), temporal_kernels=(1, 1, 1))]
+CONFIGS = [dict(), dict(widths=(4, 6), temporal_kernels=(3, 3)), dict(widths=(4, 6, 8), temporal_kernels=(1, 5, 1)), dict(widths=(6,), temporal_kernels=(7,)), dict(widths=(4, 4, 4), temporal_kernels=(1, 1, 1)),
+           dict(widths=(4, 6, 6), temporal_kernels=(3, 1, 5), strides=(1, 2, 1), dilations=(2, 1, 3)), LONG]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -128,6 +132,28 @@ def test_a_still_video_looks_the_same_at_all_moments(training):
     stream = local().train(training)
     with torch.no_grad(): maps = stream(clip(3, 1).repeat(1, 1, 9, 1, 1)).stages
     for name, m in maps.items(): assert torch.allclose(m, m[:, :, :1].expand_as(m), atol=1e-5), name
+
+
+# ---- the long CNN sees everything
+
+def test_every_position_of_the_long_cnn_sees_every_frame_and_every_pixel():
+    stream = spread(long_cnn(5)).eval()
+    last = stream(clip(1, 8, 28)).stages["stage5"].shape[2:]
+    assert receptive_field(stream) == (15, 63) and 15 >= 2*7 + 1 and 63 >= 2*27 + 1 and last == (8, 4, 4)
+    for position in itertools.product((0, 4, 7), (0, 3), (0, 1, 3)):
+        seen = sum(gradient_field(stream, clip(1, 8, 28, seed)[0], position=position) for seed in range(3))
+        assert (seen > 0).all(), position
+
+
+def test_the_hand_built_one_does_not_and_the_order_of_far_events_reaches_the_long_one_only():
+    short, long = local(), spread(long_cnn(5)).eval()
+    events = torch.randn(2, 3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    still = torch.zeros(3, 1, 28, 28)
+    def story(first, last): return torch.cat([events[first], *[still]*6, events[last]], 1)[None]      # the first and the last of 8 frames
+    assert (gradient_field(short, story(0, 1)[0], position=(0, 1, 1)).sum((1, 2)) > 0).tolist() == [True]*4 + [False]*4
+    with torch.no_grad():
+        assert not torch.allclose(long(story(0, 1)).stages["stage5"][:, :, 3], long(story(0, 0)).stages["stage5"][:, :, 3], atol=1e-4)
+        assert not torch.allclose(long(story(0, 1)).logits, long(story(1, 0)).logits, atol=1e-4)
 
 
 # ---- the global stream is global
