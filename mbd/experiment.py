@@ -38,8 +38,10 @@ import numpy as np
 import torch
 
 import mbd
+from .clips import AUGMENTATIONS, PROTOCOLS
 from .evaluation import describe_protocol
 from .miniactions import sized
+from .pairs import find_pair
 
 # %% ../nbs/16_experiment.ipynb #c6dfea32
 class ParameterError(ValueError):
@@ -101,9 +103,15 @@ COMMON = (
     Parameter("generator_seed", int, None, "of the generated videos", low=0, high=2**31 - 1),
     Parameter("train_videos", int, None, "videos used of the training list; 0: all", "videos", low=0),
     Parameter("test_videos", int, None, "videos used of the test list; 0: all", "videos", low=0),
-    Parameter("frames", int, None, "frames of a clip, as the local stream sees it", "frames", low=4, high=256),
-    Parameter("size", int, None, "side of the square a stream sees", "pixels", low=16, high=512),
-    Parameter("views", int, None, "views of a test video whose probabilities are averaged", "views", low=1, high=100),
+    Parameter("pair", str, None, "the two streams, by their name in chapter 12", pattern=r"[a-z0-9_]+"),
+    Parameter("local_weights", str, "", "file of the local stream's weights; empty: the pair's, fetched on first use"),
+    Parameter("global_weights", str, "", "file of the global stream's weights; empty: the pair's, fetched on first use"),
+    Parameter("frames", int, None, "frames of a clip, as the local stream sees it; 0: as the pair's weights were trained", "frames", low=0, high=256),
+    Parameter("size", int, None, "side of the square a stream sees; 0: as the pair's weights were trained", "pixels", low=0, high=512),
+    Parameter("protocol", str, None, "views of a test video whose probabilities are averaged: clips x crops", choices=tuple(PROTOCOLS)),
+    Parameter("augmentation", str, None, "how far training clips are varied", choices=tuple(AUGMENTATIONS)),
+    Parameter("read", str, None, "where frames come from: decoded once into memory, or from the files each time", choices=("memory", "files")),
+    Parameter("max_failures", float, 0.01, "fraction of the videos that may turn out unreadable before the run ends", low=0.0, high=1.0),
     Parameter("warm_up_epochs", int, None, "stage 1, each stream alone", "epochs", low=1, high=1000),
     Parameter("distil_epochs", int, None, "stage 3, with distillation", "epochs", low=0, high=1000),
     Parameter("batch_size", int, None, "clips in a step", "clips", low=2, high=4096),
@@ -123,10 +131,12 @@ COMMON = (
 
 # %% ../nbs/16_experiment.ipynb #94811859
 PRESETS = {
-    "smoke": dict(generator_seed=0, train_videos=80, test_videos=40, frames=16, size=56, views=1, warm_up_epochs=1, distil_epochs=1,
+    "smoke": dict(generator_seed=0, train_videos=80, test_videos=40, pair="hand", frames=16, size=56, protocol="1x1", augmentation="light", read="memory", warm_up_epochs=1, distil_epochs=1,
                   batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
-    "mini": dict(generator_seed=0, train_videos=2000, test_videos=1000, frames=16, size=56, views=1, warm_up_epochs=7, distil_epochs=2,
+    "mini": dict(generator_seed=0, train_videos=2000, test_videos=1000, pair="hand", frames=16, size=56, protocol="1x1", augmentation="light", read="memory", warm_up_epochs=7, distil_epochs=2,
                  batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
+    "full": dict(generator_seed=0, train_videos=0, test_videos=0, pair="default", frames=0, size=0, protocol="5x3", augmentation="standard", read="files", warm_up_epochs=12, distil_epochs=6,
+                 batch_size=16, learning_rate=1e-4, distil_learning_rate=5e-5, temperature=2.0, final_weight=0.5, intermediate_weight=0.5),
 }
 
 # %% ../nbs/16_experiment.ipynb #536403bd
@@ -271,7 +281,7 @@ def resolve(
         raise ParameterError(f"device = {device!r}, but torch finds no GPU; use device = 'cpu'")
     usable = gpu and (device == "auto" or device.startswith("cuda"))
     if values["preset"] == "full" and "full" not in experiment.presets:
-        raise ParameterError(f"preset = 'full' of {experiment.name} is not built yet: it needs pretrained streams; use preset = 'mini' and data = 'real' for a part of the benchmark")
+        raise ParameterError(f"preset = 'full' of {experiment.name} is not built yet; use preset = 'mini' and data = 'real' for a part of the benchmark")
     if values["preset"] == "full" and values["data"] == "generated":
         raise ParameterError("preset = 'full' runs on real data; use preset = 'mini' for data = 'generated'")
     wanted = values["data"] == "real" or values["preset"] == "full"
@@ -301,6 +311,16 @@ def _fill(values, experiment, settings, device) -> SimpleNamespace:
             raise ParameterError(str(error)) from None
         if groups < 3 or not values["test_videos"]:
             raise ParameterError(f"train_videos = {values['train_videos']}, test_videos = {values['test_videos']}: generated data needs at least 30 training videos (three groups of each class) and a test video; 0 (all) is for real data")
+    for name, least in (("frames", 4), ("size", 16)):
+        if 0 < (values.get(name) or 0) < least:
+            raise ParameterError(f"{name} = {values[name]}: at least {least}, or 0 for what the pair's weights were trained with")
+    for name in ("local_weights", "global_weights"):
+        if values.get(name) and not Path(values[name]).is_file():
+            raise ParameterError(f"{name} = {values[name]!r}: no such file; give one of tensors only (.safetensors, or a state dict), or leave it empty")
+    try:
+        values["pair"] = find_pair("miniactions" if values["data"] == "generated" else experiment.data_name, values["pair"]).name
+    except ValueError as error:
+        raise ParameterError(f"pair = {values['pair']!r}: {error}") from None
     holes = [n for n, v in values.items() if v is None]
     if holes:
         raise ParameterError(f"preset {values['preset']!r} of {experiment.name} has no value for {', '.join(holes)}")

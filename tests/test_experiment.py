@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mbd import experiment as ex
+from mbd import experiment as ex, pairs
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
 
@@ -99,11 +99,17 @@ def test_every_preset_gives_every_open_value_a_possible_one(tmp_path):
 COMPLETE = ex.Experiment("ucf101", "ucf101", presets={**ex.PRESETS, "full": ex.PRESETS["mini"]})
 
 
-def test_full_is_refused_until_it_is_built(tmp_path):
-    s = settings(tmp_path, data={"ucf101": tmp_path}, device="cuda")
+def test_full_is_refused_where_an_experiment_has_none(tmp_path):
+    s, small = settings(tmp_path, data={"ucf101": tmp_path}, device="cuda"), ex.Experiment("ucf101", "ucf101", presets={n: ex.PRESETS[n] for n in ("smoke", "mini")})
     with pytest.raises(ex.ParameterError, match="not built yet.*data = 'real'"):
-        ex.resolve(ex.check_parameters({"preset": "full"}, "ucf101"), "ucf101", s, gpu=True)
-    assert ex.resolve(ex.check_parameters({}, "ucf101"), "ucf101", s, gpu=True)[0].preset == "mini"
+        ex.resolve(ex.check_parameters({"preset": "full"}, small), small, s, gpu=True)
+    assert ex.resolve(ex.check_parameters({}, small), small, s, gpu=True)[0].preset == "mini"
+
+
+def test_full_takes_the_pair_of_the_data_set_and_its_own_views(tmp_path):
+    chosen, _ = ex.resolve(ex.check_parameters({"preset": "full"}, "ucf101"), "ucf101", settings(tmp_path, data={"ucf101": tmp_path}), gpu=False)
+    assert (chosen.frames, chosen.size, chosen.read, chosen.protocol) == (0, 0, "files", "5x3")
+    assert chosen.pair == pairs.find_pair("ucf101").name != "hand"
 
 
 @pytest.mark.parametrize("given, real, gpu, device, expected", [
@@ -134,7 +140,8 @@ def test_a_configured_folder_that_is_missing_is_never_passed_over(tmp_path, give
 @pytest.mark.parametrize("given, words", [
     ({"preset": "full"}, "no folder is configured"), ({"data": "real"}, "no folder is configured"), ({"preset": "full", "data": "generated"}, "real data"),
     ({"train_videos": 20}, "at least 30"), ({"train_videos": 0}, "at least 30"), ({"test_videos": 0}, "a test video"), ({"train_videos": 10**6}, "99 groups"),
-    ({"device": "cuda:1"}, "no GPU"), ({"split": 2}, "split 1 only"),
+    ({"device": "cuda:1"}, "no GPU"), ({"split": 2}, "split 1 only"), ({"frames": 2}, "at least 4, or 0"), ({"size": 8}, "at least 16, or 0"),
+    ({"pair": "swaped"}, "pair = 'swaped'.*swapped"), ({"local_weights": "no/such.pth"}, "local_weights = 'no/such.pth': no such file"),
 ])
 def test_contradictions(tmp_path, given, words):
     with pytest.raises(ex.ParameterError, match=words):
