@@ -207,3 +207,24 @@ def test_a_misspelt_parameter_ends_the_run_at_its_first_cell_with_nothing_but_th
 def test_an_impossible_value_ends_it_too(tree, environment, tmp_path):
     ended, _, reports = papermill(tree, environment, tmp_path, "-p", "preset", "smok", "-p", "batch_size", "1")
     assert ended.returncode != 0 and "did you mean 'smoke'" in ended.stdout and "batch_size = 1 is out of range" in ended.stdout and not reports.exists()
+
+
+@pytest.mark.slow
+def test_run_ucf101_reads_the_same_from_files_by_worker_processes_as_from_memory(tree, environment, smoke, tmp_path):
+    import numpy as np
+    ended, _, reports = papermill(tree, environment, tmp_path, "-p", "preset", "smoke", "-p", "read", "files", "-p", "workers", "2")
+    assert ended.returncode == 0, ended.stdout[-6000:]
+    files, memory = (experiment.load_predictions(experiment.read_runs(r)[0]["folder"] / "predictions.npz") for r in (reports, smoke[2]))
+    assert files["ids"].tolist() == memory["ids"].tolist()
+    for name in ("local_logits", "global_logits", "weight"): np.testing.assert_allclose(files[name], memory[name], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_run_ucf101_takes_another_pair_and_protocol(tree, environment, tmp_path):
+    ended, _, reports = papermill(tree, environment, tmp_path, "-p", "preset", "smoke", "-p", "pair", "swapped", "-p", "protocol", "2x3", "-p", "augmentation", "standard", "-p", "warm_up_epochs", "1", "-p", "distil_epochs", "0")
+    assert ended.returncode == 0, ended.stdout[-6000:]
+    [record] = experiment.read_runs(reports)
+    assert (record["data"]["pair"], record["protocol"]["clips"], record["protocol"]["crops"]) == ("swapped", 2, 3)
+    from mbd.model import MBD
+    model = MBD.load(record["folder"] / "checkpoints/model")
+    assert (model.local.backbone, model.global_.backbone) == ("window_transformer", "long_cnn")
