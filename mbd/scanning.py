@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'Report', 'check', 'load_index', 'resize']
 
-# %% ../nbs/03_scanning.ipynb #72198f0d
-import contextlib, csv, errno, faulthandler, hashlib, importlib, itertools, json, os, queue, re, signal, subprocess, sys, tempfile, threading, zlib
+# %% ../nbs/03_scanning.ipynb #f2742e35
+import contextlib, csv, errno, faulthandler, hashlib, importlib, itertools, json, os, queue, re, signal, subprocess, sys, tempfile, threading, uuid, zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +14,7 @@ from pathlib import Path
 from . import video
 from .video import FrameIndex, VideoError, _whole
 
-# %% ../nbs/03_scanning.ipynb #9fc56068
+# %% ../nbs/03_scanning.ipynb #9c56d180
 def _matroska_number(data, at):
     "(number, position after it) of the variable-length number at `at`; None for unknown."
     length = 9 - data[at].bit_length()
@@ -22,7 +22,7 @@ def _matroska_number(data, at):
     number = int.from_bytes(data[at:at + length], "big") & ones
     return (None if number == ones else number), at + length
 
-# %% ../nbs/03_scanning.ipynb #01d45cf5
+# %% ../nbs/03_scanning.ipynb #9bc5c2ea
 def _announced(path):
     "Bytes that the header of an AVI or Matroska file announces, 0 where it announces none."
     with open(path, "rb") as file: head = file.read(4096)
@@ -41,7 +41,7 @@ def _cut_off(path):
     except OSError as error: raise VideoError(path, f"cannot be opened: {error.strerror}") from error
     return f"is cut off: {size} of {announced} bytes are there" if announced > size + 1 else ""      # a last odd byte may be rounded up
 
-# %% ../nbs/03_scanning.ipynb #4ee8bcd1
+# %% ../nbs/03_scanning.ipynb #5886c47c
 def _concealed(path):
     "How many pictures the decoder patched."
     return sum(frame.is_corrupt for frame in video._decode(path))
@@ -53,7 +53,7 @@ def _look(path):
     damaged = not index.problem and not index.seek and _concealed(path)      # only where the index has doubts
     return {**index.row(), "concealed": str(int(damaged))}
 
-# %% ../nbs/03_scanning.ipynb #4ab5ccbf
+# %% ../nbs/03_scanning.ipynb #fccc937e
 _OURS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR, getattr(errno, "EDQUOT", errno.ENOSPC)}   # from writing: no fault of the video
 
 def _serve():
@@ -74,11 +74,37 @@ def _serve():
         except VideoError as error: reply(reason=error.problem)
         except ImportError as error: reply(fatal=[0, str(error)])
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _OURS: reply(fatal=[error.errno, str(error)])
+            if isinstance(error, OSError) and error.errno in _OURS: reply(fatal=[error.errno, error.strerror or str(error)])
             else: reply(reason=f"{type(error).__name__}: {error}")
         faulthandler.cancel_dump_traceback_later()
 
-# %% ../nbs/03_scanning.ipynb #0bfeb4d0
+# %% ../nbs/03_scanning.ipynb #c7851cf1
+def _exchange(process, question, seconds):
+    "(line that a helper answers, empty where it ended before; whether it was killed because the time was up)."
+    late = threading.Event()
+    timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(question).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except OSError: line = b""          # it died before it read the question
+    finally: timer.cancel(); timer.join()
+    return (line if line.endswith(b"\n") else b""), late.is_set()
+
+# %% ../nbs/03_scanning.ipynb #07cab5bb
+def _bury(process, errors, patience):
+    "Wait `patience` seconds for the end of a process, then make it end: (exit status, last words in the file `errors`, which is closed)."
+    with contextlib.suppress(subprocess.TimeoutExpired): process.wait(patience)
+    process.kill()
+    with contextlib.suppress(OSError): process.stdin.close()
+    process.wait()
+    process.stdout.close()
+    with errors:
+        errors.seek(0)
+        return process.returncode, errors.read()[-2000:].decode(errors="replace").strip()
+
+# %% ../nbs/03_scanning.ipynb #11cc55a6
 _START = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from mbd.scanning import _serve; _serve()"
 _LIFE = 500      # files after which a helper is replaced anyway, so that a decoder's leaks stay small
 
@@ -96,19 +122,10 @@ class _Helper:
 
     def exchange(self, question, seconds):
         "The answer to a question, or the reason why there is none."
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), self.process.kill()))
-        timer.start()
-        try:
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError: line = b""          # it died before it read the question
-        finally: timer.cancel(); timer.join()
-        code = self.stop(patience=5) if late.is_set() or not line.endswith(b"\n") else None      # killed as it answered: the next file needs a new one
-        if line.endswith(b"\n"): return json.loads(line)
-        if late.is_set(): return {"reason": f"no answer within {seconds:g} s"}
-        return {"reason": f"decoder crashed (signal {-code})" if code < 0 else f"decoder crashed (exit status {code})"}
+        line, late = _exchange(self.process, question, seconds)
+        code = self.stop(patience=5) if late or not line else None      # killed as it answered: the next file needs a new one
+        if line: return json.loads(line)
+        return {"reason": f"no answer within {seconds:g} s" if late else f"decoder crashed (signal {-code})" if code < 0 else f"decoder crashed (exit status {code})"}
 
     def ask(self, *arguments):
         "What the function returns as {'value': ...}, or {'reason': ...}. Raises OSError, ImportError, RuntimeError for what is no fault of the file."
@@ -123,17 +140,10 @@ class _Helper:
         "End the process and return its exit status, its own where it ends within `patience` seconds."
         process, self.process = self.process, None
         if process is None: return 0
-        with contextlib.suppress(subprocess.TimeoutExpired): process.wait(patience)
-        process.kill()
-        with contextlib.suppress(OSError): process.stdin.close()
-        process.wait()
-        process.stdout.close()
-        with self.errors as errors:
-            errors.seek(0)
-            self.said = errors.read()[-2000:].decode(errors="replace").strip()
-        return process.returncode
+        code, self.said = _bury(process, self.errors, patience)
+        return code
 
-# %% ../nbs/03_scanning.ipynb #46f50f20
+# %% ../nbs/03_scanning.ipynb #57021182
 def _isolated(function, jobs, workers, timeout):
     "Yield (key, answer) for `jobs`, {key: arguments}, in the order in which answers arrive."
     answers, todo, lock, halt = queue.SimpleQueue(), iter(jobs.items()), threading.Lock(), threading.Event()
@@ -164,17 +174,17 @@ def _isolated(function, jobs, workers, timeout):
                 if process := helper.process: process.kill()
             for thread in threads: thread.join(0.05)
 
-# %% ../nbs/03_scanning.ipynb #82ec296f
+# %% ../nbs/03_scanning.ipynb #11b93d3a
 def _address(function):
     "(module, name) of a function that another process can import. Raises ValueError."
     module, _, name = function.partition(":") if isinstance(function, str) else (function.__module__, ":", function.__qualname__)
     if not module or not name or module == "__main__" or "<" in name: raise ValueError(f"{function!r} cannot be run in another process; name a function of a module as 'module:name'")
     return module, name
 
-# %% ../nbs/03_scanning.ipynb #03e15168
+# %% ../nbs/03_scanning.ipynb #18062bfe
 def _write_table(path, header, rows):
     "Write a CSV file in one piece: readers see the old one or the new one."
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows(itertools.chain([header], rows))
@@ -186,9 +196,9 @@ def _read_table(path):
     "Yield the header and the rows of a CSV file as lists of str; nothing where there is no file."
     csv.field_size_limit(2**31 - 1)      # key frames of a long film
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        yield from csv.reader(file)
+        for line in file: yield next(csv.reader(itertools.chain([line], file))) if '"' in line else line.rstrip("\r\n").split(",")
 
-# %% ../nbs/03_scanning.ipynb #57a44725
+# %% ../nbs/03_scanning.ipynb #fd31c6bc
 ENDINGS = {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"}
 
 def _fail(error): raise error
@@ -203,37 +213,39 @@ def _videos(root, files=None):
     if files is None:
         for folder, names, entries in os.walk(root, followlinks=True, onerror=_fail):
             names[:] = [n for n in sorted(names) if not n.startswith(".") and first(os.path.join(folder, n))]
-            found |= {os.path.join(folder, e) for e in entries if not e.startswith(".") and os.path.splitext(e)[1].lower() in ENDINGS}
-    else: found = {os.path.join(root, file) for file in files}      # an absolute path stays as it is
-    paths = {os.path.relpath(os.path.abspath(path), os.path.abspath(root)) for path in found}
-    for path in paths:
-        if path == os.curdir or path.split(os.sep)[0] == os.pardir or os.path.isabs(path): raise ValueError(f"{path!r} lies outside {root}; name files below it")
-    return sorted(path.replace(os.sep, "/") for path in paths)
+            above = "" if (above := os.path.relpath(folder, root)) == os.curdir else os.path.join(above, "")
+            found |= {above + e for e in entries if not e.startswith(".") and os.path.splitext(e)[1].lower() in ENDINGS}
+    else:
+        for file in files:      # an absolute path stays as it is
+            found.add(path := os.path.relpath(os.path.abspath(os.path.join(root, file)), os.path.abspath(root)))
+            if path == os.curdir or path.split(os.sep)[0] == os.pardir or os.path.isabs(path): raise ValueError(f"{path!r} lies outside {root}; name files below it")
+    return sorted(found if os.sep == "/" else (path.replace(os.sep, "/") for path in found))
 
-# %% ../nbs/03_scanning.ipynb #6e20a2e1
+# %% ../nbs/03_scanning.ipynb #afb67fea
 def _stamp(path):
     "(size, time of change in ns) of a file, or None where there is none."
     try: stat = os.stat(path)
     except OSError: return None
     return stat.st_size, stat.st_mtime_ns
 
-# %% ../nbs/03_scanning.ipynb #a4546f2b
+# %% ../nbs/03_scanning.ipynb #87486dcf
 _NAMES = ("frames.csv", "unreadable.csv", ".frames.journal")
 
 def _remembered(folder):
     "Yield (path, (size, time), row of frames.csv as dict) of everything noted in a folder, the newest last."
     table = _read_table(folder / _NAMES[0])
-    header = next(table, None)
+    header = next(table, [])
+    columns = header[3:]
     for row in table:
         if len(row) == len(header):
-            with contextlib.suppress(ValueError): yield row[0], (int(row[1]), int(row[2])), dict(zip(header[3:], row[3:]))
+            with contextlib.suppress(ValueError): yield row[0], (int(row[1]), int(row[2])), dict(zip(columns, row[3:]))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(folder / _NAMES[2], encoding="ascii", errors="replace") as journal:
         for line in journal:
             with contextlib.suppress(ValueError, TypeError):
                 path, stamp, row = json.loads(line)
                 yield path, tuple(stamp), row
 
-# %% ../nbs/03_scanning.ipynb #79a6fe97
+# %% ../nbs/03_scanning.ipynb #ca4a49ad
 @dataclass(frozen=True)
 class Report:
     "What `check` or `resize` found."
@@ -257,45 +269,55 @@ class Report:
         lines = [f"{self.found} videos: {self.readable} {self.made or 'readable'}, {len(self.unreadable)} unreadable; {self.kept} of them known from before"]
         def some(paths): return ", ".join(p if p.isprintable() else ascii(p) for p in paths[:3]) + (", ..." if len(paths) > 3 else "")
         lines += [f"  {len(paths)} x {reason}: {some(paths)}" for reason, paths in self.by_reason.items()]
+        if any(reason.startswith("no answer") for reason in self.unreadable.values()): lines.append("  no answer: the decoder hangs, or the film is long; where it is long, give more seconds (timeout) and ask again (retry)")
         if self.concealed: lines.append(f"  {len(self.concealed)} readable with damaged pictures, which the decoder conceals: {some(self.concealed)}")
         return "\n".join(lines)
 
-# %% ../nbs/03_scanning.ipynb #8f7a22e2
+# %% ../nbs/03_scanning.ipynb #9bf4caf5
+@contextlib.contextmanager
+def _writing(folder):
+    "Turn an OSError into one that names the folder of the tables and the remedy."
+    try: yield
+    except OSError as error: raise OSError(error.errno, f"the tables in {folder} cannot be written ({error.strerror}). What was found so far is kept: make room and run again, or name another folder with output=") from error
+
+# %% ../nbs/03_scanning.ipynb #2875714c
 @contextlib.contextmanager
 def _journal(folder):
     "A function that notes (path, stamp, row); the notes go when the block ends well, and stay when it does not."
     file = folder / _NAMES[2]
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        journal = open(file, "a", encoding="ascii")
-    except OSError as error: raise OSError(error.errno, f"{folder} cannot be written to ({error.strerror}); name another folder for the tables with output=") from error
-    with journal:
-        journal.write("\n")      # whatever stood there before, torn or not, ends here
-        def note(*entry): journal.write(json.dumps(entry) + "\n"); journal.flush()
+        journal = open(file, "a", encoding="ascii", buffering=1)      # a line at a time
+    def note(*entry):
+        with _writing(folder): journal.write(json.dumps(entry) + "\n")
+    try:
+        with _writing(folder): journal.write("\n")      # whatever stood there before, torn or not, ends here
         yield note
+    finally:
+        with contextlib.suppress(OSError): journal.close()      # a full disk was told already
     file.unlink(missing_ok=True)
 
-# %% ../nbs/03_scanning.ipynb #7021349f
-def _write_tables(folder, known):
-    "Write frames.csv and unreadable.csv from {path: (stamp, row)}."
+# %% ../nbs/03_scanning.ipynb #0a5cf866
+def _write_tables(folder, known, changed=True):
+    "Write frames.csv, unless it is `known` already, and unreadable.csv, from {path: (stamp, row)}."
     columns = next((list(row) for _, row in known.values() if len(row) > 1), ["problem"])
     entries = [(path, *known[path]) for path in sorted(known)]
-    _write_table(folder / _NAMES[0], ["path", "size", "mtime_ns", *columns], ([path, *(stamp or ("", "")), *(row.get(c, "") for c in columns)] for path, stamp, row in entries))
+    if changed: _write_table(folder / _NAMES[0], ["path", "size", "mtime_ns", *columns], ([path, *(stamp or ("", "")), *(row.get(c, "") for c in columns)] for path, stamp, row in entries))
     _write_table(folder / _NAMES[1], ["path", "reason"], ([path, row["problem"]] for path, _, row in entries if row["problem"]))
 
-# %% ../nbs/03_scanning.ipynb #a61d4814
+# %% ../nbs/03_scanning.ipynb #d40075af
 def _sensible(row):
     "Whether a row can be believed."
     try: return bool(row["problem"]) or bool(FrameIndex.from_row(row))
     except (ValueError, KeyError, TypeError): return False
 
-# %% ../nbs/03_scanning.ipynb #76b2f629
+# %% ../nbs/03_scanning.ipynb #c5e8079b
 def _arguments(root, workers, timeout):
     if not os.path.isdir(root): raise FileNotFoundError(f"root {os.fspath(root)!r} is no folder; name the one that holds the videos")
     if not timeout > 0: raise ValueError(f"timeout must be above 0 seconds, not {timeout!r}")
     return Path(root), *_whole(1, workers=workers)
 
-# %% ../nbs/03_scanning.ipynb #30ac4f0a
+# %% ../nbs/03_scanning.ipynb #fefefce4
 def check(
     root, # folder of the videos
     files=None, # exactly these files, relative to `root` or absolute; by default every video below it
@@ -310,10 +332,11 @@ def check(
     Files that are as they were are not decoded again, however the earlier run ended. With `files`, rows about others stay. A crashing or hanging decoder costs its file, nothing else.
     Raises FileNotFoundError, ValueError, TypeError for wrong arguments, OSError where the tables cannot be written, ImportError without a decoder."""
     (root, workers), function, output = _arguments(root, workers, timeout), _address(look), Path(output or root)
-    asked, known = {path: _stamp(root / path) for path in _videos(root, files)}, {}
+    asked, known, changed = {path: _stamp(os.path.join(root, path)) for path in _videos(root, files)}, {}, (output / _NAMES[2]).exists()
     for path, stamp, row in _remembered(output):
-        now = asked[path] if path in asked else _stamp(root / path) if files is not None else None
+        now = asked[path] if path in asked else _stamp(os.path.join(root, path)) if files is not None else None
         if stamp == now and _sensible(row) and not (retry and row["problem"] and path in asked): known[path] = stamp, row
+        else: changed = True
     todo = {path: (os.path.join(root, path),) for path in asked if path not in known}
     kept = len(asked) - len(todo)
     if progress: progress(kept, len(asked))
@@ -322,12 +345,12 @@ def check(
             known[path] = asked[path], answer.get("value") or {"problem": answer["reason"]}
             note(path, *known[path])
             if progress: progress(done, len(asked))
-        _write_tables(output, known)
+        with _writing(output): _write_tables(output, known, changed or bool(todo) or not known)
     rows = {path: known[path][1] for path in asked}
     return Report(len(asked), kept, {path: row["problem"] for path, row in rows.items() if row["problem"]},
                   tuple(path for path, row in rows.items() if not row["problem"] and row.get("concealed") not in (None, "", "0")))
 
-# %% ../nbs/03_scanning.ipynb #45abc186
+# %% ../nbs/03_scanning.ipynb #facd7872
 class _Rows(Mapping):
     "{path: FrameIndex}, each made from its row when asked for."
     def __init__(self, columns, rows): self.columns, self.rows = columns, rows
@@ -338,7 +361,7 @@ class _Rows(Mapping):
         try: return FrameIndex.from_row(dict(zip(self.columns, self.rows[path].split("\0"))))
         except ValueError: raise KeyError(path) from None      # a row that makes no sense is as good as none
 
-# %% ../nbs/03_scanning.ipynb #c2468cd2
+# %% ../nbs/03_scanning.ipynb #edd61973
 def load_index(
     root, # folder of the videos
     output=None, # folder of the tables; by default `root`
@@ -356,13 +379,13 @@ def load_index(
         if row[1] == str(stat.st_size) and row[2] == str(stat.st_mtime_ns): rows[row[0]] = "\0".join(row)
     return _Rows(columns, rows)
 
-# %% ../nbs/03_scanning.ipynb #c5c1d475
+# %% ../nbs/03_scanning.ipynb #6bbef16d
 def _smaller(height, width, short_side):
     "(height, width), even, with the short side at most `short_side`."
     scale = min(1, short_side / min(height, width))
     return tuple(max(2, 2 * int(side * scale / 2 + 0.5 if scale < 1 else side / 2)) for side in (height, width))
 
-# %% ../nbs/03_scanning.ipynb #b7e91f0b
+# %% ../nbs/03_scanning.ipynb #9521e6f6
 def _clock(path):
     "(frames per second, unit of the time stamps or None for a constant rate) of a video, from its packets. Raises VideoError."
     with video._open(path) as (container, stream):
@@ -374,7 +397,7 @@ def _clock(path):
     constant = all(abs((stamp - stamps[0]) * tick - i / rate) <= tick for i, stamp in enumerate(stamps))
     return rate, None if constant else tick
 
-# %% ../nbs/03_scanning.ipynb #47de04c9
+# %% ../nbs/03_scanning.ipynb #d5750521
 def _small_frames(path, short_side):
     "Yield (PyAV frame, small RGB picture) of every frame. Raises VideoError where the file is not whole."
     count, size = 0, None
@@ -387,7 +410,7 @@ def _small_frames(path, short_side):
     if not count: raise VideoError(path, "no frame of its video stream can be decoded")
     if problem := _cut_off(path): raise VideoError(path, problem)
 
-# %% ../nbs/03_scanning.ipynb #9e222cdd
+# %% ../nbs/03_scanning.ipynb #4a769032
 def _part(target): return target.with_name(f".{zlib.crc32(os.fsencode(target.name)):08x}.{os.getpid()}.part")
 
 def _shrink(source, target, short_side, keyframes, crf):
@@ -412,7 +435,7 @@ def _shrink(source, target, short_side, keyframes, crf):
     finally: part.unlink(missing_ok=True)
     return count + 1
 
-# %% ../nbs/03_scanning.ipynb #7c5f0780
+# %% ../nbs/03_scanning.ipynb #b176308d
 def _targets(paths):
     "{path: path of its copy}, no two the same."
     copies, level = {path: os.path.splitext(path)[0] + ".mp4" for path in paths}, dict.fromkeys(paths, 0)
@@ -428,12 +451,12 @@ def _targets(paths):
                     level[path] += 1
                     copies[path] = path + ".mp4" if low < 1 else f"{path}.{zlib.crc32(os.fsencode(path), low):08x}.mp4"
 
-# %% ../nbs/03_scanning.ipynb #4a4b9d77
+# %% ../nbs/03_scanning.ipynb #71283e63
 def _in_shard(path, shard):
     i, n = shard
     return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big") % n == i
 
-# %% ../nbs/03_scanning.ipynb #62c598eb
+# %% ../nbs/03_scanning.ipynb #6cee69a5
 def _join_tables(folder, shard, reasons):
     "Write the table of this shard, then unreadable.csv from the tables of all shards that are there."
     (i, n), header = shard, ["path", "reason"]
@@ -445,14 +468,14 @@ def _join_tables(folder, shard, reasons):
         _write_table(folder / _NAMES[1], header, rows)
         before = tables
 
-# %% ../nbs/03_scanning.ipynb #9711a0cd
+# %% ../nbs/03_scanning.ipynb #bf7f5f8f
 def _same_settings(output, settings):
     "Note the settings in the folder of the copies. Raises ValueError where it was begun with others, or lies together with the originals."
     file = output / "resize.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            part = file.with_name(f".resize.{os.getpid()}.part")
+            part = file.with_name(f".resize.{uuid.uuid4().hex}.part")      # all jobs of an array begin at the same moment
             part.write_text(json.dumps(settings) + "\n")
             os.replace(part, file)
     except OSError as error: raise OSError(error.errno, f"output {output} cannot be written to ({error.strerror})") from error
@@ -464,7 +487,7 @@ def _apart(root, output):
     a, b = (os.path.join(os.path.realpath(folder), "") for folder in (root, output))
     if a.startswith(b) or b.startswith(a): raise ValueError(f"output {os.fspath(output)!r} and root {os.fspath(root)!r} lie in each other; choose a folder beside root")
 
-# %% ../nbs/03_scanning.ipynb #7bd81091
+# %% ../nbs/03_scanning.ipynb #807d2d26
 def _sweep(targets):
     "Remove unfinished parts of these files."
     parts = {_part(Path(target)).name[:10] for target in targets}
@@ -472,7 +495,7 @@ def _sweep(targets):
         for path in folder.glob(".*.part"):
             if path.name[:10] in parts: path.unlink(missing_ok=True)
 
-# %% ../nbs/03_scanning.ipynb #c5ab64dc
+# %% ../nbs/03_scanning.ipynb #dd48a81b
 def resize(
     root, # folder of the videos; nothing in it is changed
     output, # folder of the copies, beside `root`

@@ -15,7 +15,7 @@ import numpy as np
 import torch, torch.nn.functional as F
 from . import video
 
-# %% ../nbs/05_throughput.ipynb #2da30908
+# %% ../nbs/05_throughput.ipynb #028f0682
 def moving_pictures(num_frames, height=256, width=340):
     "Yield uint8 (height, width, 3) frames: a pan over a texture, a wandering patch, light noise."
     rng = np.random.default_rng(0)
@@ -28,6 +28,7 @@ def moving_pictures(num_frames, height=256, width=340):
         frame[y:y + height // 5, x:x + width // 5] = ground[:height // 5, :width // 5]
         yield np.clip(frame + rng.normal(0, 1, frame.shape), 0, 255).astype(np.uint8)
 
+# %% ../nbs/05_throughput.ipynb #c05fdde9
 def write_film(path, codec, keyframes, num_frames=300, height=256, width=340):
     "Write such a film at 30 frames a second and return its path: `codec` is H.264 or MPEG-4, `keyframes` the distance between them."
     import av
@@ -40,7 +41,7 @@ def write_film(path, codec, keyframes, num_frames=300, height=256, width=340):
         container.mux(stream.encode())
     return Path(path)
 
-# %% ../nbs/05_throughput.ipynb #3edf8487
+# %% ../nbs/05_throughput.ipynb #ab4493d0
 def _cold(path, indices, index): return video.read_frames(path, indices, video._scan(path))
 
 def _loop(path, indices, index, threads="NONE"):
@@ -58,11 +59,16 @@ def _slice(path, indices, index): return _loop(path, indices, index, "SLICE")
 def _frame(path, indices, index): return _loop(path, indices, index, "FRAME")
 def _auto(path, indices, index): return _loop(path, indices, index, "AUTO")
 
-# %% ../nbs/05_throughput.ipynb #cbd8acf0
+# %% ../nbs/05_throughput.ipynb #81fe7588
 def _decord(path, indices, index):
     import decord
     return decord.VideoReader(str(path), num_threads=1).get_batch(list(indices)).asnumpy()
 
+def _torchcodec(path, indices, index):
+    from torchcodec.decoders import VideoDecoder
+    return VideoDecoder(str(path)).get_frames_at(list(map(int, indices))).data.permute(0, 2, 3, 1).numpy()
+
+# %% ../nbs/05_throughput.ipynb #5ed8d9e0
 def _encoded(path, spans):
     "Frames (T, H, W, 3) of each span (first, last), by pytorchvideo."
     from pytorchvideo.data.encoded_video import EncodedVideo
@@ -78,19 +84,16 @@ def _pytorchvideo(path, indices, index):
 
 def _one_by_one(path, indices, index): return np.concatenate([frames[:1] for frames in _encoded(path, [(i, i) for i in indices])])
 
-def _torchcodec(path, indices, index):
-    from torchcodec.decoders import VideoDecoder
-    return VideoDecoder(str(path)).get_frames_at(list(map(int, indices))).data.permute(0, 2, 3, 1).numpy()
-
-# %% ../nbs/05_throughput.ipynb #bb355655
+# %% ../nbs/05_throughput.ipynb #0bd13a9b
 COLUMNS = {"ours, index": {"": video.read_frames}, "ours, cold": {"": _cold}, "PyAV loop": {"NONE": _loop, "SLICE": _slice, "FRAME": _frame, "AUTO": _auto},
            "decord": {"": _decord}, "pytorchvideo": {"whole": _pytorchvideo, "single": _one_by_one}, "torchcodec": {"": _torchcodec}}
 
+# %% ../nbs/05_throughput.ipynb #5c71a307
 def available():
     "{column: {way: reader}} of what is installed here, and {column: why not} of the rest."
     found, missing = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        path = write_film(Path(folder) / "try.mp4", "H.264", 4, 8, 64, 64)     # some import well and fail at the first film
+        path = write_film(Path(folder) / "try.mp4", "H.264", 4, 8, 64, 64)
         for name, ways in COLUMNS.items():
             try:
                 for reader in ways.values(): reader(path, [2, 3], video.scan(path))
@@ -98,7 +101,7 @@ def available():
             except Exception as error: missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
     return found, missing
 
-# %% ../nbs/05_throughput.ipynb #62eefd84
+# %% ../nbs/05_throughput.ipynb #5eb737ad
 def transform(frames, size=112):
     "Float (C, T, size, size) of uint8 (T, H, W, C), normalised."
     clip = torch.from_numpy(frames).permute(0, 3, 1, 2).float().div_(255)
@@ -108,7 +111,7 @@ def requests(num_frames, length):
     "{name: indices}: `length` neighbours from the middle, and as many spread over the film."
     return {"dense": video.dense_clip(num_frames, length).tolist(), "spread": video.uniform_segments(num_frames, length).tolist()}
 
-# %% ../nbs/05_throughput.ipynb #0ef4ff76
+# %% ../nbs/05_throughput.ipynb #2f35d3d0
 def measure(calls, rounds):
     "{name: [(seconds, processor seconds) of each round]} of `calls`, {name: function}, taking turns."
     seconds = {name: [] for name in calls}
@@ -121,12 +124,13 @@ def measure(calls, rounds):
             seconds[name].append((time.perf_counter() - start, time.process_time() - work))
     return seconds
 
-# %% ../nbs/05_throughput.ipynb #1818738b
+# %% ../nbs/05_throughput.ipynb #ff967699
 def wrong(answer, truth):
     "How many frames of `answer` are not those of `truth`."
     if answer.shape != truth.shape: return len(truth)
     return int((np.abs(answer.astype(np.int16) - truth).mean((1, 2, 3)) > 2).sum())
 
+# %% ../nbs/05_throughput.ipynb #865c6cfa
 def row(path, indices, found, rounds, clips_a_call=1, workers=0):
     "{column: (clips/s of each round, best way, wrong frames, processor seconds a clip)} or {column: error}, for one request. With `workers`, clips come through a DataLoader, and processor seconds are not known."
     index, truth, out, calls, faults = video.scan(path), _loop(path, indices, None), {}, {}, {}
@@ -141,7 +145,7 @@ def row(path, indices, found, rounds, clips_a_call=1, workers=0):
             out[column] = rates, way, faults[column, way], None if workers else min(work for _, work in seconds)
     return out
 
-# %% ../nbs/05_throughput.ipynb #78b74fde
+# %% ../nbs/05_throughput.ipynb #cc6e1448
 class _Clips(torch.utils.data.Dataset):
     def __init__(self, reader, path, indices, index, clips): self.reader, self.path, self.indices, self.index, self.clips = reader, path, indices, index, clips
     def __len__(self): return self.clips
@@ -151,7 +155,7 @@ def _loader(reader, path, indices, index, workers, clips):
     loader = torch.utils.data.DataLoader(_Clips(reader, path, indices, index, clips), batch_size=None, num_workers=workers, persistent_workers=True)
     return lambda: [None for _ in loader]
 
-# %% ../nbs/05_throughput.ipynb #1d0df3d0
+# %% ../nbs/05_throughput.ipynb #7b8b8dc1
 def line(title, result, columns):
     "One line of the Markdown table."
     cells, ours = [title], result["ours, index"][0]
@@ -163,7 +167,7 @@ def line(title, result, columns):
         cells.append(f"{median(rates):.1f}" + (f" {way}" if way else "") + (f", {1e3 * work:.0f} ms" if work else "") + (f", **{faults} wrong**" if faults else "") + (f"; {median(ratio):.2f} [{ratio[0]:.2f}, {ratio[-1]:.2f}]" if column != "ours, index" else ""))
     return "| " + " | ".join(cells) + " |"
 
-# %% ../nbs/05_throughput.ipynb #b9fef522
+# %% ../nbs/05_throughput.ipynb #a3852f82
 def machine():
     "Processor, cores, load and versions, in one line."
     processor, load = platform.processor() or platform.machine(), ""
@@ -174,7 +178,32 @@ def machine():
         with contextlib.suppress(metadata.PackageNotFoundError): versions.append(f"{name} {metadata.version(name)}")
     return f"{processor}, {os.cpu_count()} cores; {load}{platform.system()}, Python {platform.python_version()}, {', '.join(versions)}"
 
-# %% ../nbs/05_throughput.ipynb #255814f8
+# %% ../nbs/05_throughput.ipynb #9d97c2bd
+class _Report:
+    "Markdown that grows line by line, in `file` too where it is not None."
+    def __init__(self, file, total, progress): self.file, self.total, self.progress, self.done, self.text = file and Path(file), total, progress, 0, []
+
+    def __str__(self): return "\n".join(self.text + ["", f"Unfinished: {self.done} of {self.total} lines."] * (self.done < self.total)) + "\n"
+
+    def heading(self, title, columns): self.text += ["", f"## {title}", "", "| film | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+
+    def add(self, line):
+        self.text.append(line)
+        self.done += 1
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part = self.file.with_name(f"{self.file.name}.part")
+            part.write_text(str(self), encoding="utf-8")
+            part.replace(self.file)
+        if self.progress: self.progress(self.done, self.total)
+
+# %% ../nbs/05_throughput.ipynb #2a9675b3
+def _preface(command, num_frames, size, rounds, missing):
+    return ["# Clips per second", "", machine(), "", f"`{command}`", "",
+            f"Films of {num_frames} frames, {size[1]} x {size[0]}. Each cell: clips/s, median of {rounds} rounds in turn; processor time of all cores, least of the rounds; then ours with an index over it, in the same round: median [lowest, highest].",
+            *(f"{name} is not measured: {why}" for name, why in missing.items())]
+
+# %% ../nbs/05_throughput.ipynb #1efe35b4
 def data_table(
     report=None, # Markdown file to write; None only returns the text
     real=None, # folder with real clips to measure too
@@ -191,35 +220,18 @@ def data_table(
     "Markdown: clips/s of decoding and transform by reader, codec, keyframe distance, clip length and workers. Raises ValueError."
     if rounds < 1 or num_frames < max(lengths): raise ValueError(f"rounds must be at least 1 and num_frames at least the longest clip, not {rounds} and {num_frames}")
     found, missing = available()
-    head = lambda title: ["", f"## {title}", "", "| film | " + " | ".join(found) + " |", "|" + "---|" * (len(found) + 1)]
-    jobs = [(codec, gap) for codec in codecs for gap in keyframes]
+    jobs, usual = [(codec, gap) for codec in codecs for gap in keyframes], 16 if 16 in lengths else lengths[0]
     clips = sorted(p for p in Path(real).rglob("*") if p.suffix.lower() in (".avi", ".mp4", ".mkv", ".webm")) if real else []
-    total, done = 2 * len(jobs) * (len(lengths) + bool(workers)) + 2 * len(clips), 0
-    text = ["# Clips per second", "", machine(), "", f"`{command}`", "", f"Films of {num_frames} frames, {size[1]} x {size[0]}. Each cell: clips/s, median of {rounds} rounds in turn; processor time of all cores, least of the rounds; then ours with an index over it, in the same round: median [lowest, highest].",
-            *(f"{name} is not measured: {why}" for name, why in missing.items())]
-    def save():
-        # after every line, so that a stop loses nothing; half a table says that it is half
-        if not report: return
-        Path(report).parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{report}.part")
-        part.write_text("\n".join(text + ["", f"Unfinished: {done} of {total} lines."] * (done < total)) + "\n", encoding="utf-8")
-        part.replace(report)
+    table = _Report(report, 2 * len(jobs) * (len(lengths) + bool(workers)) + 2 * len(clips), progress)
+    table.text += _preface(command, num_frames, size, rounds, missing)
     def add(path, title, length, processes=0):
-        nonlocal done
-        for kind, indices in requests(video.num_frames(path), length).items():
-            text.append(line(f"{title}, {length} {kind}", row(path, indices, found, rounds, 16, processes), found))
-            done += 1
-            save()
-            if progress: progress(done, total)
+        for kind, indices in requests(video.num_frames(path), length).items(): table.add(line(f"{title}, {length} {kind}", row(path, indices, found, rounds, 16, processes), found))
     with tempfile.TemporaryDirectory() as folder:
         films = {job: write_film(Path(folder) / f"{job[1]}{'.mp4' if job[0] == 'H.264' else '.avi'}", *job, num_frames, *size) for job in jobs}
-        text += head("One process")
-        for job, path in films.items():
-            for length in lengths: add(path, f"{job[0]}, {job[1]}", length)
-        if workers:
-            text += head(f"{workers} workers")
-            for job, path in films.items(): add(path, f"{job[0]}, {job[1]}", 16 if 16 in lengths else lengths[0], workers)
-    if clips:
-        text += head("Real clips, one process")
-        for path in clips: add(path, path.relative_to(real).as_posix().replace("|", " "), 16 if 16 in lengths else lengths[0])
-    return "\n".join(text) + "\n"
+        for count, all_lengths in [(0, lengths)] + [(workers, [usual])] * bool(workers):
+            table.heading(f"{count} workers" if count else "One process", found)
+            for (codec, gap), path in films.items():
+                for length in all_lengths: add(path, f"{codec}, {gap}", length, count)
+    if clips: table.heading("Real clips, one process", found)
+    for path in clips: add(path, path.relative_to(real).as_posix().replace("|", " "), usual)
+    return str(table)

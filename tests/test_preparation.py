@@ -235,6 +235,30 @@ def test_what_waiting_does_not_mend_is_said_at_once(server, tmp_path):
         with pytest.raises(DownloadError, match="online"): download(f"http://127.0.0.1:{free.getsockname()[1]}/a", tmp_path / "a", retries=1, **FAST)
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/my folder/a", "http://127.0.0.1:9/\u00fcbung/a", "http://127.0.0.1:port/a", "http://127.0.0.1:99999/a", "http://[bad/a", "http://127.0.0.1:9/a\r\nHost: x"])
+def test_an_address_that_is_none_is_refused_before_anybody_is_asked(tmp_path, url):
+    begin = time.monotonic()
+    with pytest.raises(DownloadError, match="(?s)is no address.*urls="): download(url, tmp_path / "a", retries=5, wait=1)
+    assert time.monotonic() - begin < 1 and not list(tmp_path.iterdir())
+
+
+def test_a_redirect_may_name_a_file_with_a_blank(server, tmp_path):
+    server.files |= {"/a": answer(302, Location="/my file"), "/my%20file": b"here"}
+    assert download(f"{server.base}/a", tmp_path / "a", **FAST).read_bytes() == b"here"
+
+
+@pytest.mark.parametrize("length", ["abc", "5, 5", "-5", ""])
+def test_a_length_that_is_no_number_is_an_unknown_length(server, tmp_path, length):
+    def send(request):
+        request.send_response(200)
+        request.send_header("Content-Length", length)
+        request.end_headers()
+        request.wfile.write(BODY)
+        request.close_connection = True
+    server.files["/a.bin"] = send
+    assert download(f"{server.base}/a.bin", tmp_path / "a.bin", **FAST).read_bytes() == BODY
+
+
 def test_a_silent_server_is_not_waited_for_forever(server, tmp_path):
     server.files["/slow"] = lambda request: time.sleep(0.6)
     begin = time.monotonic()
@@ -333,6 +357,14 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, pack, name):
     refused(tmp_path, pack({"good.txt": b"1", name: b"2"}), "nothing of it was put in place")
 
 
+@pytest.mark.parametrize("pack", (zipped, tarred))
+def test_an_archive_cannot_write_our_records(ucf, tmp_path, pack):
+    planted = json.dumps({"schema": 1, "name": "ucf101", "archives": {"UCF101.rar": {"files": 1, "bytes": 1, "skipped": 0, "places": ["a"], "folder": "root", "size": 1, "videos": 13320}}}).encode()
+    (tmp_path / "evil").write_bytes(pack({"a": b"1", f"{preparation.WORK}/record.json": planted}))
+    with pytest.raises(ArchiveError, match="our own records"): unpack(tmp_path / "evil", tmp_path / "set")
+    assert not tree(tmp_path / "set") and prepare("ucf101", tmp_path / "set", **ucf).videos == len(UCF_VIDEOS)
+
+
 def test_links_and_devices_are_refused(tmp_path):
     for kind, word in ((tarfile.SYMTYPE, "symbolic"), (tarfile.LNKTYPE, "hard"), (tarfile.FIFOTYPE, "pipe"), (tarfile.CHRTYPE, "device"), (tarfile.BLKTYPE, "device")):
         refused(tmp_path, tarred({"a.txt": b"1", "b": link("b", "a.txt", kind)}), word)
@@ -380,6 +412,34 @@ def test_damaged_and_cut_off_archives(tmp_path):
     data = bytearray(zipped({"a.txt": b"12345678"}))
     data[data.index(b"12345678")] ^= 1
     refused(tmp_path, bytes(data), "damaged or cut off")
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(6000, marks=pytest.mark.slow)])
+def test_archives_with_random_bytes_changed_are_unpacked_or_refused(tmp_path, count):
+    import numpy as np
+    noise, sources = np.random.default_rng(0), {}
+    films = {f"UCF-101/C{n % 3}/v_C{n % 3}_g{n:02}_c01.avi": noise.bytes(300) if n % 2 else b"film" * 90 for n in range(6)}
+    for name, method in (("stored", zipfile.ZIP_STORED), ("deflated", zipfile.ZIP_DEFLATED), ("bzip2", zipfile.ZIP_BZIP2), ("lzma", zipfile.ZIP_LZMA)):
+        with zipfile.ZipFile(out := io.BytesIO(), "w", method) as archive:
+            for film, content in films.items(): archive.writestr(film, content)
+        sources[name] = out.getvalue()
+    long = tarfile.TarInfo("UCF-101/" + "\u00fc" * 90 + ".avi")
+    long.pax_headers = {"comment": "x", "mtime": "1.5"}
+    sources |= {"tar": tarred(films, zip=False), "tar.gz": tarred(films), "long": tarred({**films, "long": long}, zip=False)}
+    outcomes = set()
+    for n in range(count):
+        rng, data, folder = np.random.default_rng([1, n]), bytearray(list(sources.values())[n % len(sources)]), tmp_path / str(n)
+        for at in rng.integers(0, len(data) if n % 3 else 700, int(rng.integers(1, 9))): data[at] = rng.integers(256)
+        if n % 5 == 0: del data[int(rng.integers(len(data))):]
+        folder.mkdir()
+        (folder / "archive").write_bytes(data)
+        try: outcomes.add("unpacked" if unpack(folder / "archive", folder / "set") else "")
+        except PreparationError:
+            outcomes.add("refused")
+            assert not tree(folder / "set")
+        assert {p.name for p in folder.iterdir()} <= {"archive", "set"} and len(list(tmp_path.iterdir())) == 1      # nothing beside
+        shutil.rmtree(folder)
+    assert outcomes == {"unpacked", "refused"}
 
 
 def test_what_is_kept_of_a_name(tmp_path):
@@ -678,6 +738,17 @@ def test_ssv2_missing_parts(tmp_path):
     assert set(tree(tmp_path / "other")) == {f"labels/{n}" for n in LABELS}
 
 
+def test_ssv2_a_zip_that_was_cut_off_is_named(tmp_path):
+    folder = ssv2_parts(tmp_path / "mine", "zip")
+    part = folder / "20bn-something-something-v2-01.zip"
+    whole, first = part.read_bytes(), folder / "20bn-something-something-v2-00.zip"
+    part.write_bytes(whole[:-30])
+    with pytest.raises(ArchiveError, match="v2-01.zip is damaged or cut off; download it again"): prepare("ssv2", tmp_path / "set", source=folder, say=None)
+    part.write_bytes(whole)
+    first.write_bytes(first.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05", 1))      # its table of contents is whole, the entry is not
+    with pytest.raises(ArchiveError, match="damaged or cut off.*parts 00 to 02"): prepare("ssv2", tmp_path / "set", source=folder, say=None)
+
+
 def test_ssv2_zips_of_videos(tmp_path):
     folder = ssv2_parts(tmp_path / "mine", count=1)
     (folder / "20bn-something-something-v2-00").unlink()
@@ -702,8 +773,29 @@ def test_one_process_at_a_time_and_one_set_a_folder(ucf, server, tmp_path):
         with pytest.raises(PreparationError, match="another process"): prepare("ucf101", tmp_path, **ucf)
     prepare("ucf101", tmp_path, **ucf)
     with pytest.raises(PreparationError, match="holds ucf101"): prepare("kinetics400", tmp_path)
-    (tmp_path / preparation.WORK / "record.json").write_text("{")
-    with pytest.raises(PreparationError, match="record.json is damaged"): prepare("ucf101", tmp_path, **ucf)
+    for text in ("{", "[]", "{}", '"x"', "7", '{"name": "ucf101"}', '{"name": "ucf101", "archives": []}', '{"name": "ucf101", "archives": {"UCF101.rar": 3}}', '{"name": "ucf101", "archives": {"UCF101.rar": {"folder": "elsewhere", "places": [], "videos": 1}}}'):
+        (tmp_path / preparation.WORK / "record.json").write_text(text)
+        with pytest.raises(PreparationError, match="record.json is damaged"): prepare("ucf101", tmp_path, **ucf)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="whoever may write everywhere meets no folder that cannot be written to")
+def test_a_folder_that_may_only_be_read_is_told(ucf, tmp_path):
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(PreparationError, match="set.*Permission denied; name a folder"): prepare("ucf101", tmp_path / "set", **ucf)
+    finally: tmp_path.chmod(0o755)
+
+
+def test_faults_of_the_disk_outside_of_files_are_told(ucf, tmp_path, monkeypatch):
+    write = preparation._write_json
+    for number, match in ((errno.EROFS, "record.json.*Read-only file system; name a folder"), (errno.ENOSPC, "no room for.*make room")):
+        def fail(file, content, number=number):
+            if file.name == "record.json": raise OSError(number, os.strerror(number), str(file))
+            write(file, content)
+        monkeypatch.setattr(preparation, "_write_json", fail)
+        with pytest.raises(PreparationError, match=match): prepare("ucf101", tmp_path / "set", **ucf)
+    monkeypatch.setattr(preparation, "_write_json", write)
+    assert prepare("ucf101", tmp_path / "set", **ucf).videos == len(UCF_VIDEOS)
 
 
 CLIENT = "import sys; from mbd.preparation import prepare; prepare('ucf101', sys.argv[1], urls=sys.argv[2], checksums={%r: None}, say=None)" % LIST

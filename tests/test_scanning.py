@@ -1,5 +1,5 @@
 "A check finds exactly the bad files, survives crashes, hangs and kills; copies are whole, upright, in time, and never half-written."
-import csv, functools, os, shutil, signal, subprocess, sys, time
+import csv, errno, functools, os, shutil, signal, subprocess, sys, threading, time
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
@@ -184,6 +184,35 @@ def test_crashes_hangs_and_surprises_cost_their_file_only(root, calls, sample):
     assert found == {"a/crash.mp4": f"decoder crashed (signal {int(signal.SIGSEGV)})", "a/quit.mp4": "decoder crashed (exit status 3)",
                      "a/hang.mp4": "no answer within 2 s", "a/odd.mp4": "RuntimeError: a surprise"}
     assert {"a/z1.mp4", "a/z2.mp4"} <= set(load_index(root))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_and_a_file_at_which_the_decoder_really_hangs(tmp_path, sample):
+    root = tmp_path / "set"
+    put(root / "good.mp4", sample[0]), put(root / "waits.mp4", b"ffconcat version 1.0\nfile pipe\n")      # FFmpeg opens the pipe, and nobody ever writes into it
+    os.mkfifo(root / "pipe"), os.mkfifo(root / "fifo.mp4")
+    begin = time.monotonic()
+    report = check(root, timeout=2)
+    assert time.monotonic() - begin < 30 and report.unreadable == {"fifo.mp4": "is no regular file", "waits.mp4": "no answer within 2 s"}
+    assert "give more seconds" in repr(report) and set(load_index(root)) == {"good.mp4"}
+
+
+def test_a_full_disk_under_the_tables_is_told_and_nothing_found_is_lost(root, monkeypatch):
+    def full(path, header, table): raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(scanning, "_write_table", full)
+        with pytest.raises(OSError, match="the tables in .*set cannot be written \\(No space left.*make room.*output=") as caught: check(root)
+        assert caught.value.errno == errno.ENOSPC
+    assert check(root).kept == 7
+    class Full:
+        def write(self, text): raise OSError(errno.ENOSPC, "No space left on device")
+        def flush(self): self.write("")
+        def close(self): self.write("")
+    real = open
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda file, *a, **k: Full() if str(file).endswith(".journal") and a == ("a",) else real(file, *a, **k))
+        with pytest.raises(OSError, match="the tables in .*make room"): check(root, retry=True)
+    assert check(root).kept == 7
 
 
 def test_a_missing_library_is_nobodys_fault(root, calls, sample):
@@ -456,6 +485,27 @@ def test_shards_are_disjoint_complete_and_stable(tmp_path, calls, sample):
     parts = [[n for n in names if scanning._in_shard(n, (i, 4))] for i in range(4)]
     assert sorted(sum(parts, [])) == sorted(names) and all(850 < len(part) < 1150 for part in parts)
     assert [scanning._in_shard(n, (i, 4)) for n in ("a.avi", os.fsdecode(b"\xff.avi")) for i in range(4)] == SHARDS      # the same on every computer, for ever
+
+
+def at_once(calls):
+    "Start the calls at the same moment, each in a thread of this process; the errors."
+    gate, errors = threading.Barrier(len(calls)), []
+    def run(call):
+        gate.wait()
+        try: call()
+        except Exception as error: errors.append(error)
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return errors
+
+
+def test_jobs_of_an_array_that_have_the_same_process_number_do_not_meet(tmp_path):      # in containers they do; threads share theirs, too
+    for n in range(15):
+        folder = tmp_path / str(n)
+        assert at_once([lambda: scanning._same_settings(folder, {"short_side": 32})] * 12) == []
+        assert at_once([lambda i=i: scanning._join_tables(folder, (i, 8), {f"{i}.mp4": "the file is empty"}) for i in range(8)]) == []
+        assert len(rows(folder / "unreadable.csv")) == 9 and not list(folder.glob(".*"))
 
 
 def test_names_never_clash():

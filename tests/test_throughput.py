@@ -40,3 +40,15 @@ def test_films_have_the_keyframes_asked_for(tmp_path):
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="rounds"): throughput.data_table(rounds=0)
     with pytest.raises(ValueError, match="num_frames"): throughput.data_table(num_frames=4)
+
+
+def test_a_report_that_was_stopped_keeps_its_lines_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "COLUMNS", {"ours, index": throughput.COLUMNS["ours, index"]})
+    small = dict(codecs=["H.264"], keyframes=[6], lengths=[16], workers=0, rounds=1, num_frames=20, size=(32, 48))
+    def stop(done, total): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): throughput.data_table(tmp_path / "data.md", **small, progress=stop)
+    text = (tmp_path / "data.md").read_text()
+    assert "| H.264, 6, 16 dense |" in text and text.endswith("Unfinished: 1 of 2 lines.\n")
+    whole = throughput.data_table(tmp_path / "data.md", **small)
+    assert (tmp_path / "data.md").read_text() == whole and "16 spread" in whole and "Unfinished" not in whole and "workers" not in whole
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ""] == ["data.md"]
