@@ -96,14 +96,16 @@ def _ucf101_classes(file):
     return classes
 
 # %% ../nbs/03_datasets.ipynb #519ef988
-def _ucf101_entry(line, subset, classes):
-    "(class, file name without ending, source) of a line, or a str that says what is wrong with it."
-    match = re.fullmatch(r"([^/\\]+)/(v_[^/\\]+_(g\d+)_c\d+)\.\w+(?:\s+(\d{1,9}))?", line)
+_UCF101_LINE = re.compile(r"([^/\\]+)/(v_[^/\\]+_(g\d+)_c\d+)\.\w+(?:\s+(\d{1,9}))?")
+
+def _ucf101_entry(line, subset, labels):
+    "(class, file name without ending, source) of a line, or a str that says what is wrong with it. `labels` is {class: number from 0}."
+    match = _UCF101_LINE.fullmatch(line)
     if not match: return "is not 'Class/v_Class_gNN_cMM.ending'"
     name, stem, group, number = match.groups()
-    if name not in classes: return f"names the unknown class {name!r}"
+    if name not in labels: return f"names the unknown class {name!r}"
     if subset == "train" and number is None: return "has no class number"
-    if number is not None and int(number) != classes.index(name) + 1: return f"says class {number}, but {name} is {classes.index(name) + 1}"
+    if number is not None and int(number) != labels[name] + 1: return f"says class {number}, but {name} is {labels[name] + 1}"
     return name, stem, f"{name}_{group}"
 
 # %% ../nbs/03_datasets.ipynb #434dc9c9
@@ -177,13 +179,13 @@ def _ucf101(root, split, subset, annotations):
     "(classes, [(id, label, source, path or None)] of the list)."
     file = _locate("ucf101", _places("ucf101", root, annotations), ["classInd.txt"])
     classes, rows = _ucf101_classes(file), {}
-    index, keys = _index(_video_folders("ucf101", root), classes), [_key(c) for c in classes]
+    index, keys, labels = _index(_video_folders("ucf101", root), classes), [_key(c) for c in classes], {name: label for label, name in enumerate(classes)}
     for n, line in _lines(file := _locate("ucf101", [file.parent], [f"{subset}list{split:02}.txt"])):
-        entry = _ucf101_entry(line, subset, classes)
+        entry = _ucf101_entry(line, subset, labels)
         if isinstance(entry, str): raise _bad(file, n, line, entry)
         name, stem, source = entry
         if stem in rows: raise _bad(file, n, line, "is listed twice")
-        label = classes.index(name)
+        label = labels[name]
         rows[stem] = (stem, label, source, _find(index, keys[label], stem))
     return classes, list(rows.values())
 

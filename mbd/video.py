@@ -7,7 +7,7 @@ __all__ = ['VideoError', 'write_video', 'FrameIndex', 'cache_folder', 'scan', 'n
            'dense_clip', 'uniform_segments', 'multi_view']
 
 # %% ../nbs/02_video.ipynb #422a9ece
-import base64, contextlib, functools, hashlib, json, multiprocessing, operator, os, threading, zlib
+import base64, contextlib, functools, hashlib, json, multiprocessing, operator, os, re, threading, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,13 +59,19 @@ def write_video(
     return path
 
 # %% ../nbs/02_video.ipynb #bbb2ee07
+_LISTS = {"concat", "dash", "hls", "imf", "image2", "image2pipe", "rtsp", "rtp", "sap", "sdp", "webm_dash_manifest", "avisynth", "vapoursynth"}   # forms that make FFmpeg open what they name
+
+@functools.cache
+def _formats(): return ",".join(sorted(_av().formats_available - _LISTS))
+
 @contextlib.contextmanager
 def _open(path, threads=1):
     "The open PyAV container of a local file and its first video stream. Raises VideoError."
     av = _av()
     if not os.path.isfile(path): raise VideoError(path, "is no regular file" if os.path.exists(path) else "no such file")
     if not os.path.getsize(path): raise VideoError(path, "the file is empty")
-    try: container = av.open(os.path.abspath(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+    try: container = av.open(os.path.abspath(path), metadata_errors="replace", options={"protocol_whitelist": "file", "format_whitelist": _formats()})
+    except av.error.ArgumentError as error: raise VideoError(path, "is a list of other files or of addresses, and such are not followed") from error
     except av.error.InvalidDataError as error: raise VideoError(path, "is no video that FFmpeg knows, or was cut off before its index") from error
     except (av.error.FFmpegError, OSError) as error: raise VideoError(path, f"cannot be opened: {error.strerror}") from error
     with container:
@@ -103,6 +109,16 @@ def _unrun(text, most):
         if not 1 <= int(n or 1) <= most - len(steps): raise ValueError(f"{part!r} makes more numbers than the {most} frames, or none")
         steps += [int(step)] * int(n or 1)
     return np.cumsum(steps, dtype=np.int64).tolist()
+
+# %% ../nbs/02_video.ipynb #70d0b12c
+_RISING, _REPEATS = re.compile(r"-?[0-9]{1,18}(?: [1-9][0-9]{0,11}(?:x[1-9][0-9]{0,8})?)*"), re.compile("x([0-9]+)")
+
+def _many(text):
+    "How many rising numbers `_runs` wrote, without making them. Raises ValueError where it wrote none such."
+    if not text: return 0
+    if not _RISING.fullmatch(text): raise ValueError(f"{text[:40]!r} are no rising numbers")
+    repeats = _REPEATS.findall(text)
+    return text.count(" ") + 1 - len(repeats) + sum(map(int, repeats))
 
 # %% ../nbs/02_video.ipynb #4bf8d575
 @dataclass
@@ -142,12 +158,12 @@ class FrameIndex:
             size, mtime_ns = (int(row.get(name) or 0) for name in ("size", "mtime_ns"))
             sums, seek = base64.b64decode(row["checksums"], validate=True), {"yes": True, "no": False}[row["seek"]]
             index = cls(count, height, width, str(row["problem"]), row["keys"], row["times"], sums, seek, size, mtime_ns)
-            keys, times = index.keys, index.times
+            keys, times = _many(index.key_runs), _many(index.time_runs)     # a table has thousands of rows: their numbers are counted, not made
+            last = sum(int(step) * int(n or 1) for step, _, n in (part.partition("x") for part in index.key_runs.split()))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"no row of a frame index ({type(error).__name__}: {error}): index the file anew") from error
-        rising = all((np.diff(numbers) > 0).all() for numbers in (keys, times))
-        if min(count, height, width) < 1 or not rising or any(not 0 <= k < count for k in keys) or len(times) not in (0, count) or len(sums) not in (0, 2 * count) or seek and not (times and sums):
-            raise ValueError(f"no row of a frame index (count {count}, {len(times)} times, {len(sums) // 2} checksums, keyframes {keys[:3]}...): index the file anew")
+        if min(count, height, width) < 1 or keys and (last >= count or index.key_runs[0] == "-") or times not in (0, count) or len(sums) not in (0, 2 * count) or seek and not (times and sums):
+            raise ValueError(f"no row of a frame index (count {count}, {times} times, {len(sums) // 2} checksums, {keys} keyframes): index the file anew")
         return index
 
 # %% ../nbs/02_video.ipynb #4415f5de

@@ -431,3 +431,11 @@ def test_real_files(path):
     for asked in (np.linspace(0, n - 1, 8).round().astype(int), np.arange(n - 1, max(-1, n - 9), -1), dense_clip(n, 8, start=n * 3 // 4)):
         assert max(difference(a, frames[i]) for a, i in zip(read_frames(path, asked), asked)) < 2
     with pytest.raises(VideoError if scan(path).problem else IndexError): read_frames(path, [n])
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile secret.mp4\n", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n"])
+def test_a_video_that_is_a_list_of_other_files_opens_none_of_them(tmp_path, text):
+    write_video(tmp_path / "secret.mp4", np.zeros((4, 32, 32, 3), np.uint8))
+    (tmp_path / "holiday.mp4").write_text(text)
+    with pytest.raises(VideoError, match="holiday.mp4"): read_frames(tmp_path / "holiday.mp4", [0])
+    with pytest.raises(VideoError, match="holiday.mp4"): num_frames(tmp_path / "holiday.mp4")
