@@ -66,12 +66,15 @@ def fit_temperature(
     if (z.amax(1) == z.amin(1)).all(): return 1.0                 # every answer uniform: any temperature is as good
     eps = 0.5 / (len(y) + 0.5)
     target = (1 - eps) * z.gather(1, y[:, None]).squeeze(1) + eps * z.mean(1)
-    low, high = (-math.log(b) for b in reversed(bounds))          # log beta
-    for _ in range(60):
-        middle = (low + high) / 2
-        slope = ((math.exp(middle) * z).softmax(1).mul(z).sum(1) - target).mean()
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
+    (low, high), beta = (1 / b for b in reversed(bounds)), 1.0    # beta = 1/T
+    for _ in range(100):
+        p = (beta * z).softmax(1); mean = p.mul(z).sum(1)
+        slope, curve = float((mean - target).mean()), float((p.mul(z * z).sum(1) - mean * mean).mean())
+        low, high = (low, beta) if slope > 0 else (beta, high)
+        step = beta - slope / curve if curve > 0 else math.inf
+        last, beta = beta, step if low < step < high else math.sqrt(low * high)    # a step out of the bracket: halve it instead
+        if abs(beta - last) <= 1e-9 * last or high - low <= 1e-15 * low: break
+    return min(max(1 / beta, bounds[0]), bounds[1])
 
 # %% ../nbs/09_dominance.ipynb #10070580
 def share(

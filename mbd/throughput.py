@@ -225,7 +225,7 @@ def data_table(
     table = _Report(report, 2 * len(jobs) * (len(lengths) + bool(workers)) + 2 * len(clips), progress)
     table.text += _preface(command, num_frames, size, rounds, missing)
     def add(path, title, length, processes=0):
-        for kind, indices in requests(video.num_frames(path), length).items(): table.add(line(f"{title}, {length} {kind}", row(path, indices, found, rounds, 16, processes), found))
+        for kind, indices in requests(video.num_frames(path), length).items(): table.add(line(f"{title}, {length} {kind}", row(path, indices, found, rounds, 6, processes), found))
     with tempfile.TemporaryDirectory() as folder:
         films = {job: write_film(Path(folder) / f"{job[1]}{'.mp4' if job[0] == 'H.264' else '.avi'}", *job, num_frames, *size) for job in jobs}
         for count, all_lengths in [(0, lengths)] + [(workers, [usual])] * bool(workers):
