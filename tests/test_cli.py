@@ -118,3 +118,16 @@ def test_a_closed_pipe_is_no_error(ucf):
     program = f"{sys.executable} -c 'import sys; from mbd.cli import main; sys.exit(main())' data list ucf101 --root '{ucf}'"
     ended = subprocess.run(["bash", "-c", f"set -o pipefail; {program} | true"], env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}, capture_output=True, text=True)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr
+
+
+def test_features_of_a_generated_set_are_stored_and_continued(tmp_path, monkeypatch, capsys):
+    "The whole way from words to a store that the feature door reads."
+    from mbd import features, miniactions
+    monkeypatch.setenv("MBD_PROGRESS", "none")
+    root = miniactions.generate(tmp_path / "set", classes=miniactions.CLASSES[:2], train_groups=3, test_groups=1, clips=1)
+    words = ["features", "ucf101", "--root", str(root), "--backbone", "hand_cnn", "--protocol", "2x3", "--output", str(tmp_path / "stores"), "--workers", "0"]
+    assert cli.main([*words, "--shard", "0/2"]) == 0 and cli.main([*words, "--shard", "1/2"]) == 0 and cli.main(words) == 0
+    store = features.FeatureStore(tmp_path / "stores/ucf101/hand_cnn-unnamed-2x3")
+    assert len(store) == 8
+    capsys.readouterr()
+    assert cli.main([*words[:4], "--backbone", "hand_cn"]) == 2 and "hand_cnn" in capsys.readouterr().err
