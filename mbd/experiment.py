@@ -178,7 +178,7 @@ FEATURES = (
 )
 
 # %% ../nbs/16_experiment.ipynb #529b61ab
-FEATURES_PRESETS = {name: dict(features="features", local_store="r3d_18-kinetics400-1x3", global_store="swin3d_t-kinetics400-1x3", generator_seed=0, hidden=64, temperature=2.0,
+FEATURES_PRESETS = {name: dict(features="data/features", local_store="r3d_18-kinetics400-1x3", global_store="swin3d_t-kinetics400-1x3", generator_seed=0, hidden=64, temperature=2.0,
                                final_weight=0.5, intermediate_weight=0.5, learning_rate=3e-3, distil_learning_rate=1e-3) | own for name, own in dict(
     smoke=dict(train_videos=80, test_videos=40, pretrain_epochs=1, warm_up_epochs=4, distil_epochs=2, batch_size=16),
     mini=dict(train_videos=1000, test_videos=500, pretrain_epochs=4, warm_up_epochs=12, distil_epochs=6, batch_size=64),

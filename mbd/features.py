@@ -733,7 +733,7 @@ def features_command(
     augmented=0, # augmented views besides
     split=1, # official split, for one list
     subset="all", # one list, or all videos of the data set (then the split does not matter)
-    output="features", # folder of all stores
+    output="data/features", # folder of all stores
     shard=(0, 1), # (i, n)
     device="auto",
     batch=8, # clips the stream sees at once

@@ -1,10 +1,13 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from mbd.dominance import fit_temperature, measure, simulate_streams
-from mbd.fusion import AdaptiveFusion, MeanFusion, ScalarFusion, fuse
+from mbd.fusion import (FUSIONS, AdaptiveFusion, ClassFusion, EntropyFusion, FeatureFusion, GateFusion, MeanFusion, ScalarFusion, StackingFusion,
+                        _folds, ambiguity, build_fusion, corrupt, early_exit, fuse)
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +149,220 @@ def test_state_goes_through_safetensors(data, tmp_path):
         save_file(fusion.state_dict(), tmp_path / "fusion.safetensors")
         fresh.load_state_dict(load_file(tmp_path / "fusion.safetensors"))
         assert torch.equal(fresh(*test[:2]), fusion(*test[:2]))
+
+
+# ---- the rivals
+KINDS = ["ScalarFusion", "AdaptiveFusion", "ClassFusion", "EntropyFusion", "StackingFusion", "GateFusion"]
+
+
+def make(kind, k):
+    if kind == "AdaptiveFusion": return AdaptiveFusion(torch.linspace(-1, 1, k))
+    return FUSIONS[kind].from_config({"num_classes": k} if kind in ("ClassFusion", "StackingFusion", "GateFusion") else {})
+
+
+def table(n, k, lift=3.0, seed=0, labels=None):
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, k, (n,), generator=draw) if labels is None else labels
+    return tuple((torch.randn(n, k, generator=draw) + lift * F.one_hot(y, k)).softmax(1) for _ in range(2)) + (y,)
+
+
+def is_sound(fusion, p, q):
+    out, w = fusion(p, q), fusion.weight(p, q)
+    assert out.shape == p.shape and out.dtype == p.dtype and torch.isfinite(out).all() and (out >= 0).all()
+    assert torch.allclose(out.sum(1), torch.ones_like(w), atol=1e-4) and w.shape == (len(p),) and ((w >= 0) & (w <= 1)).all()
+    assert all(torch.isfinite(b).all() for name, b in fusion.state_dict().items() if name != "strength")
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_missing_on_the_gate_is_no_trouble(kind):
+    p, q, y = table(60, 5, labels=torch.arange(60) % 4)                     # class 4 never occurs
+    fusion = make(kind, 5).fit(p, q, y)
+    a, b, t = table(100, 5, seed=1, labels=torch.full((100,), 4))
+    assert (is_sound(fusion, a, b).argmax(1) == t).float().mean() > 0.5      # and is still found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_videos_of_400_classes(kind):
+    p, q, y = table(20, 400, lift=7)
+    fusion = make(kind, 400).fit(p, q, y, sources=[f"s{i // 2}" for i in range(20)])
+    a, b, t = table(200, 400, lift=7, seed=1)
+    mean = (MeanFusion()(a, b).argmax(1) == t).float().mean()
+    assert (is_sound(fusion, a, b).argmax(1) == t).float().mean() > mean - 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_of_exactly_0_and_1(kind):
+    y = torch.arange(24) % 4
+    right, wrong = F.one_hot(y, 4).float(), F.one_hot((y + 1) % 4, 4).float()
+    fusion = make(kind, 4).fit(right, wrong, y)
+    is_sound(fusion, right, wrong); is_sound(fusion, wrong, wrong)
+    if kind != "AdaptiveFusion": assert (fusion(right, wrong).argmax(1) == y).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_that_always_say_the_same(kind):
+    y = torch.arange(40) % 4
+    flat, stuck = torch.full((40, 4), 0.25), torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(40, 4)
+    good = table(40, 4, labels=y)[0]
+    for p, q in ((flat, flat), (stuck, flat), (good, stuck)): is_sound(make(kind, 4).fit(p, q, y), p, q)
+    assert (make(kind, 4).fit(good, flat, y)(good, flat).argmax(1) == y).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_and_float64_fit_alike(kind):
+    p, q, y = table(80, 4)
+    a, b = make(kind, 4).fit(p, q, y), make(kind, 4).fit(p.double(), q.double(), y)
+    assert torch.allclose(is_sound(a, p, q), b(p, q), atol=5e-3) and is_sound(a, p.double(), q.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS + ["FeatureFusion"])
+def test_state_is_tensors_and_config_is_json(kind, tmp_path):
+    p, q, y = table(40, 4)
+    fusion = (FeatureFusion(4, 4, 4, hidden=3) if kind == "FeatureFusion" else make(kind, 4)).fit(p, q, y)
+    assert not list(fusion.parameters()) and fusion.fitted_parameters > 0
+    save_file(fusion.state_dict(), tmp_path / "f.safetensors")
+    again = build_fusion(kind, json.loads(json.dumps(fusion.config)))
+    assert not torch.equal(again(p, q), fusion(p, q))
+    again.load_state_dict(load_file(tmp_path / "f.safetensors"))
+    assert torch.equal(again(p, q), fusion(p, q)) and torch.equal(again.weight(p, q), fusion.weight(p, q))
+    twice = build_fusion(kind, fusion.config).fit(p, q, y)
+    assert torch.equal(twice(p, q), build_fusion(kind, fusion.config).fit(p, q, y)(p, q))           # a fit is reproducible
+    with torch.inference_mode(): inside = build_fusion(kind, fusion.config).fit(p * 1.0, q * 1.0, y)
+    assert torch.allclose(inside(p, q), twice(p, q), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ClassFusion", "EntropyFusion", "StackingFusion", "GateFusion"])
+def test_rivals_name_what_is_wrong(kind):
+    p, q, y = table(12, 3)
+    fusion = make(kind, 3)
+    with pytest.raises(ValueError, match="gate part is empty"): fusion.fit(p[:0], q[:0], y[:0])
+    with pytest.raises(ValueError, match="0..2, found"): fusion.fit(p, q, y + 1)
+    with pytest.raises(ValueError, match="integers"): fusion.fit(p, q, y.float())
+    with pytest.raises(ValueError, match="p_global holds NaN"): fusion.fit(p, q * float("nan"), y)
+    with pytest.raises(ValueError, match="sources has 3 entries for 12"): fusion.fit(p, q, y, sources=list("abc"))
+    if kind != "EntropyFusion":
+        with pytest.raises(ValueError, match="p_local has 4 classes.*num_classes=4"): fusion.fit(*table(12, 4))
+        with pytest.raises(ValueError, match="4 classes, the fusion 3"): fusion(*table(12, 4)[:2])
+        for wrong in (1, "3", 3.0, True):
+            with pytest.raises(ValueError, match="num_classes must be a whole number"): FUSIONS[kind](wrong)
+
+
+def test_build_fusion_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="'Exec'.*known are MeanFusion"): build_fusion("Exec", {})
+    with pytest.raises(ValueError, match="does not fit GateFusion"): build_fusion("GateFusion", {"classes": 3})
+    with pytest.raises(ValueError, match="does not fit AdaptiveFusion"): build_fusion("AdaptiveFusion", {})
+
+
+def test_class_weights_follow_their_class(data):
+    _, gate, test = data
+    fusion = ClassFusion(8).fit(*gate)
+    assert fusion.bias[:4].min() > fusion.bias[4:].max() and nll(fusion, test) < nll(ScalarFusion().fit(*gate), test)
+    missing = gate[2] != 0
+    left = ClassFusion(8).fit(*(t[missing] for t in gate), strength=1e6)
+    assert torch.allclose(left.bias, ScalarFusion().fit(*(t[missing] for t in gate)).bias.expand(8), atol=1e-2)
+
+
+def test_entropy_weight_is_the_usual_rule_before_a_fit():
+    p, q, _ = table(9, 5)
+    h = [-(t * t.log()).sum(1) for t in (p, q)]
+    assert torch.allclose(EntropyFusion().weight(p, q), (-h[0]).exp() / ((-h[0]).exp() + (-h[1]).exp()), atol=1e-6)
+
+
+def test_stacking_folds_keep_sources_together_and_the_pull_falls_with_data():
+    owner = torch.arange(60) // 4
+    fold = _folds(owner)
+    assert fold.bincount().tolist() == [20, 20, 20] and all(len(fold[owner == s].unique()) == 1 for s in range(15))
+    few, many = table(20, 5, lift=1), table(1000, 5, lift=1)
+    turned = lambda t: (t[0].roll(1, 1), t[1].roll(1, 1), t[2])                                   # answers name the wrong class, always
+    fusion = StackingFusion(5).fit(*turned(many))
+    a, b, y = turned(table(400, 5, lift=1, seed=2))
+    assert (fusion(a, b).argmax(1) == y).float().mean() > (MeanFusion()(a, b).argmax(1) == y).float().mean() + 0.4
+    assert fusion.strength <= StackingFusion(5).fit(*few).strength
+    one = StackingFusion(5).fit(*few, sources=["same"] * 20)                                         # no folds to be had: the pool
+    assert one.strength == float("inf") and is_sound(one, *few[:2]) is not None
+
+
+def test_damage(data):
+    p = data[1][0]
+    assert torch.allclose(corrupt(p, "noise", 0.0), p, atol=1e-4) and torch.equal(corrupt(p, "swap", 0.0), p)
+    assert torch.allclose(corrupt(p, "drop", 1.0), torch.full_like(p, 1 / 8))
+    swapped = corrupt(p, "swap", 1.0)
+    assert torch.allclose(swapped.sum(0), p.sum(0), atol=1e-3) and not torch.equal(swapped, p)
+    assert torch.equal(corrupt(p, "noise", 1.0, seed=3), corrupt(p, "noise", 1.0, seed=3)) and not torch.equal(corrupt(p, "noise", 1.0, seed=3), corrupt(p, "noise", 1.0, seed=4))
+    with pytest.raises(ValueError, match="'fog'.*noise, drop, swap"): corrupt(p, "fog", 1)
+    with pytest.raises(ValueError, match="swap takes 0..1"): corrupt(p, "swap", 2)
+
+
+def test_a_gate_that_has_seen_damage_trusts_a_silent_stream_less(data):
+    _, gate, test = data
+    silent = corrupt(test[0], "drop", 1.0)
+    seen, unseen = GateFusion(8).fit(*gate), GateFusion(8, corruption=False).fit(*gate)
+    assert seen.weight(silent, test[1]).mean() < seen.weight(*test[:2]).mean() - 0.1
+    assert nll(seen, (silent, *test[1:])) < nll(unseen, (silent, *test[1:]))
+    assert nll(seen, test) < nll(MeanFusion(), test)
+
+
+def test_features_learn_and_survive_the_loss_of_a_stream():
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(300) % 3
+    centres = torch.randn(2, 3, 6, generator=draw) * 2
+    e = [centres[i][y] + torch.randn(300, 6, generator=draw) for i in (0, 1)]
+    fusion = FeatureFusion(6, 6, 3).fit(e[0][:200], e[1][:200], y[:200])
+    top1 = lambda a, b: (fusion(a, b).argmax(1) == y[200:]).float().mean().item()
+    assert top1(e[0][200:], e[1][200:]) > 0.9 and top1(e[0][200:], e[1][:200].mean(0).expand(100, 6)) > 0.7
+    constant = FeatureFusion(6, 6, 3).fit(torch.ones(30, 6), e[1][:30], y[:30])
+    assert torch.isfinite(constant(torch.ones(30, 6), e[1][:30])).all()
+    with pytest.raises(ValueError, match="e_local must have shape .N, 6."): fusion(torch.zeros(2, 5), torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="e_global holds NaN"): fusion.fit(e[0], e[1] * float("nan"), y)
+    with pytest.raises(ValueError, match="0..2"): fusion.fit(*e, y + 1)
+    with pytest.raises(ValueError, match="same videos"): fusion(torch.zeros(2, 6), torch.zeros(3, 6))
+    with pytest.raises(ValueError, match="empty"): fusion.fit(e[0][:0], e[1][:0], y[:0])
+
+
+# ---- ambiguity, early exit
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
+def test_the_ambiguity_identity_is_exact(weight):
+    p, q, y = table(50, 7)
+    p, q = (t.double() / t.double().sum(1, keepdim=True) for t in (p, q))
+    fused, streams, gain = ambiguity(p.log(), q.log(), y, weight)
+    plain = p ** weight * q ** (1 - weight)
+    plain = plain / plain.sum(1, keepdim=True)
+    assert (fused + plain.gather(1, y[:, None])[:, 0].log()).abs().max() < 1e-10
+    assert (fused - (streams - gain)).abs().max() < 1e-10 and (gain > -1e-12).all()
+    assert ambiguity(p.log(), p.log(), y, weight)[2].abs().max() < 1e-12
+    with pytest.raises(ValueError, match="weight must lie in 0..1, not 2"): ambiguity(p, q, y, 2)
+
+
+def test_early_exit_by_hand():
+    first = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.45, 0.55]])
+    both = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.8, 0.2], [0.9, 0.1]])
+    y = torch.tensor([0, 1, 1, 0])
+    curve = early_exit(first, both, y, (1.0, 3.0), [0.0, 0.7, 0.85])
+    assert curve.thresholds.tolist() == pytest.approx([0, 0.7, 0.85, 2]) and curve.stopped.tolist() == [1, 0.5, 0.25, 0]
+    assert curve.gflops.tolist() == [1, 2.5, 3.25, 4] and curve.accuracy.tolist() == [0.5, 1, 0.75, 0.75]
+    assert curve.choose() == pytest.approx(0.7) and curve.choose(0.25) == 0
+    leaning = early_exit(first, both, y, (1.0, 3.0), [0.0], share=torch.tensor([0.9, 0.1]))        # dominant on class 0 only
+    assert leaning.stopped.tolist() == [0.5, 0]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(costs=(1.0, 0.0)), "costs must be two positive"), (dict(costs=(1.0,)), "costs must be two positive"),
+    (dict(thresholds=[float("nan")]), "thresholds must be finite"), (dict(thresholds=[-0.1]), "thresholds must be finite"),
+    (dict(share=torch.zeros(3)), "share must be .2,."), (dict(share=torch.tensor([0.5, 2.0])), "1 - map.share"),
+    (dict(labels=torch.tensor([0, 2])), "labels must lie in 0..1"),
+])
+def test_early_exit_names_what_is_wrong(change, message):
+    given = dict(p_first=torch.eye(2), p_fused=torch.eye(2), labels=torch.tensor([0, 1]), costs=(1.0, 2.0)) | change
+    with pytest.raises(ValueError, match=message): early_exit(**given)
+
+
+def test_a_threshold_from_the_gate_holds_on_the_test(data):
+    m, gate, test = data
+    adaptive = AdaptiveFusion(m.logit_share).fit(*gate)
+    curve = lambda part: early_exit(part[0], adaptive(*part[:2]), part[2], (2.0, 8.0), torch.linspace(0.1, 1, 46), share=m.share)
+    on_gate, on_test = curve(gate), curve(test)
+    i = (on_test.thresholds - on_gate.choose(0.01)).abs().argmin()
+    assert on_test.gflops[i] < 9 and on_test.accuracy[i] > on_test.accuracy[-1] - 0.05
+    assert (on_test.gflops.diff() >= 0).all() and on_test.gflops[-1] == 10
+    with pytest.raises(ValueError, match="tolerance must lie in 0..1, not 1.5"): on_gate.choose(1.5)
