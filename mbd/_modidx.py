@@ -514,6 +514,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mbd.local_stream._origin': ('local_stream.html#_origin', 'mbd/local_stream.py'),
                                   'mbd.local_stream._quiet_norms': ('local_stream.html#_quiet_norms', 'mbd/local_stream.py'),
                                   'mbd.local_stream._refusal': ('local_stream.html#_refusal', 'mbd/local_stream.py'),
+                                  'mbd.local_stream._same': ('local_stream.html#_same', 'mbd/local_stream.py'),
                                   'mbd.local_stream._widen': ('local_stream.html#_widen', 'mbd/local_stream.py'),
                                   'mbd.local_stream.build_stream': ('local_stream.html#build_stream', 'mbd/local_stream.py'),
                                   'mbd.local_stream.checkpointed': ('local_stream.html#checkpointed', 'mbd/local_stream.py'),

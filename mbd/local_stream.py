@@ -132,7 +132,14 @@ BACKBONES = {}                # name -> Backbone
 # %% ../nbs/07_local_stream.ipynb #d6f89a60
 KINDS = ("local", "global", "either")
 
-def _origin(build): return f"{build.__module__}.{build.__qualname__}" if hasattr(build, "__qualname__") else repr(build)
+def _origin(build): # module and name of what makes the streams, and what it is given
+    made = getattr(build, "func", build)                # of a partial, what it calls
+    return getattr(made, "__module__", ""), getattr(made, "__qualname__", repr(made)), getattr(build, "args", ()), getattr(build, "keywords", {})
+
+def _same(old, new):
+    "The same definition, made again: in a module, or in the notebook that the module is written in."
+    (here, *what), (there, *its) = _origin(old), _origin(new)
+    return what == its and (here == there or "__main__" in (here, there))
 
 def register(
     name, # of the backbone; another one of this name is an error
@@ -145,7 +152,7 @@ def register(
     if kind not in KINDS: raise ValueError(f"backbone {name!r}: kind = {kind!r}; {nearest(kind, KINDS)}")
     def note(build):
         old = BACKBONES.get(name)
-        if old and _origin(old.build) != _origin(build): raise ValueError(f"backbone {name!r} is already {_origin(old.build)}; choose another name")
+        if old and not _same(old.build, build): raise ValueError(f"backbone {name!r} is already {'.'.join(_origin(old.build)[:2])}; choose another name")
         BACKBONES[name] = Backbone(name, kind, build, view, dict(weights or {}), head)
         return build
     return note

@@ -379,3 +379,13 @@ def test_what_cannot_be_followed_is_refused():
     mixed = nn.Module(); mixed.stages = [Mixes()]
     for stream in (Small(2), Attends(), Branches(), mixed):
         with pytest.raises(ValueError, match=f"the field of {type(stream).__name__} cannot be computed .*gradient_field"): receptive_field(stream)
+
+
+def test_a_chapter_that_defines_its_class_anew_may_register_it_beside_the_module(registry):
+    "Notebooks are run in the process that has imported the module already."
+    here = type("Small", (Small,), {"__module__": "__main__", "__qualname__": Small.__qualname__})
+    for first, second in ((Small, here), (here, Small), (partial(Small, width=3), partial(here, width=3))):
+        registry.pop("small", None)
+        register("small", "local", LOCAL_VIEW)(first)
+        register("small", "local", LOCAL_VIEW)(second)
+        assert registry["small"].build is second

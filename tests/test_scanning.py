@@ -187,14 +187,14 @@ def test_crashes_hangs_and_surprises_cost_their_file_only(root, calls, sample):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_and_a_file_at_which_the_decoder_really_hangs(tmp_path, sample):
+def test_pipes_and_a_list_that_names_one_are_not_opened(tmp_path, sample):
     root = tmp_path / "set"
-    put(root / "good.mp4", sample[0]), put(root / "waits.mp4", b"ffconcat version 1.0\nfile pipe\n")      # FFmpeg opens the pipe, and nobody ever writes into it
+    put(root / "good.mp4", sample[0]), put(root / "waits.mp4", b"ffconcat version 1.0\nfile pipe\n")      # FFmpeg would open the pipe, and wait for ever
     os.mkfifo(root / "pipe"), os.mkfifo(root / "fifo.mp4")
     begin = time.monotonic()
     report = check(root, timeout=2)
-    assert time.monotonic() - begin < 30 and report.unreadable == {"fifo.mp4": "is no regular file", "waits.mp4": "no answer within 2 s"}
-    assert "give more seconds" in repr(report) and set(load_index(root)) == {"good.mp4"}
+    assert time.monotonic() - begin < 30 and report.unreadable == {"fifo.mp4": "is no regular file", "waits.mp4": "is a list of other files or of addresses, and such are not followed"}
+    assert set(load_index(root)) == {"good.mp4"}
 
 
 def test_a_full_disk_under_the_tables_is_told_and_nothing_found_is_lost(root, monkeypatch):
