@@ -496,12 +496,11 @@ def distillation_loss(
     stages: list = None, # pairs (local name, global name); by relative depth when None
     *,
     fraction: float = None, # of the stage's steps done; needed where weights warm up or fade
-    places: tuple = None, # (Placement of the local clips, of the global clips); for hint and attention
-    projections: Projections = None, # for hint and logit
+    **given, # places and projections, as in `distillation_terms`
 ) -> tuple: # loss (scalar), parts {name: detached scalar}
     """Final- and intermediate-layer distillation in the direction of the arm (P3, P4; the losses are ours), without cross-entropy.
     Each part is a sum over the videos taught, divided by the batch size; `parts` holds them unweighted, with the fraction of videos taught each way. Under arm "none" the loss is 0 and has no gradient."""
-    terms, taught = distillation_terms(local, global_, teacher_local, teacher_global, labels, group_codes, config, stages, places=places, projections=projections)
+    terms, taught = distillation_terms(local, global_, teacher_local, teacher_global, labels, group_codes, config, stages, **given)
     loss = weighted_sum(terms, config, fraction) if terms else local.logits.new_zeros((), dtype=torch.float32)
     return loss, {name: value.detach() for name, value in (taught | terms).items()}
 

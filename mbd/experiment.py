@@ -42,7 +42,7 @@ import mbd
 from .clips import AUGMENTATIONS, PROTOCOLS
 from .evaluation import describe_protocol
 from .miniactions import sized
-from .pairs import find_pair
+from .pairs import count_cost, find_pair
 
 # %% ../nbs/16_experiment.ipynb #c6dfea32
 class ParameterError(ValueError):
@@ -825,19 +825,13 @@ def summary(
 # %% ../nbs/16_experiment.ipynb #f3556ba2
 def model_cost(
     model,  # an mbd.model.MBD
+    shapes=None,  # {"local": shape, "global": shape} of what the streams take, where it is no clip
 ) -> dict:
     "Parameters, and GFLOPs (multiply and add are two) of one view, of each stream."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    flops, device = {}, next(model.parameters()).device
-    for name, stream, view in (("local", model.local, model.local_view), ("global", model.global_, model.global_view)):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copied = stream.training
-            stream.eval()(torch.zeros(1, 3, view.frames, view.size, view.size, device=device))
-            stream.train(copied)
-        flops[name] = counter.get_total_flops() / 1e9
-    count = {"local": model.local, "global": model.global_}
-    return {"parameters": {n: sum(p.numel() for p in s.parameters()) for n, s in count.items()}, "gflops_per_view": flops}
+    views = {"local": model.local_view, "global": model.global_view}
+    shapes = shapes or {name: (3, view.frames, view.size, view.size) for name, view in views.items()}
+    costs = {"local": count_cost(model.local, *shapes["local"]), "global": count_cost(model.global_, *shapes["global"])}
+    return {"parameters": {n: c.parameters for n, c in costs.items()}, "gflops_per_view": {n: c.gflops for n, c in costs.items()}}
 
 
 def training_flops(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'GENERATED', 'KINDS', 'WIDTHS', 'ALL', 'pack', 'unpack', 'weights_digest', 'store_folder', 'extract',
            'FeatureStore', 'FeatureStream', 'stream_on', 'FeatureDataset', 'run_schedule', 'generated_features',
-           'generated_split', 'study', 'scores', 'summarise', 'study_table', 'bench', 'stream_cost', 'features_command']
+           'generated_split', 'study', 'scores', 'summarise', 'study_table', 'bench', 'features_command']
 
 # %% ../nbs/14_features.ipynb #21052332
 import copy, csv, hashlib, inspect, io, json, math, os, re, time
@@ -706,20 +706,6 @@ def bench(
         return kept | dict(seconds=time.perf_counter() - begun, cpu_seconds=time.process_time() - busy)
     settled = {n: p.default for n, p in inspect.signature(run_schedule).parameters.items() if p.kind is p.KEYWORD_ONLY} | options     # what is left at its default counts too
     return study(run, folder/"generated_study.csv", splits, seeds, f"generated features {generated}, {local.digest}; schedule {settled}", shard, progress)
-
-# %% ../nbs/14_features.ipynb #2f195e18
-def stream_cost(
-    model, # an MBD on stored features
-) -> dict: # parameters, gflops_per_view
-    "What is trained: parameters, and GFLOPs (multiply and add are two) of one stored view. The frozen backbones come on top, once a video."
-    from torch.utils.flop_counter import FlopCounterMode
-    flops, streams = {}, {"local": model.local, "global": model.global_}
-    for name, stream in streams.items():
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            was = stream.training
-            stream.eval()(torch.zeros(1, stream.norm.num_features, device=next(stream.parameters()).device)); stream.train(was)
-        flops[name] = counter.get_total_flops() / 1e9
-    return {"parameters": {n: sum(p.numel() for p in s.parameters()) for n, s in streams.items()}, "gflops_per_view": flops}
 
 # %% ../nbs/14_features.ipynb #71f7fea3
 ALL = {"ucf101": ("train", "test"), "hmdb51": ("train", "test", "unused"), "kinetics400": ("train", "validation"), "ssv2": ("train", "validation")}   # lists that together hold every labelled video

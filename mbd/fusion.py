@@ -138,6 +138,7 @@ class AdaptiveFusion(MeanFusion):
     @classmethod
     def from_config(cls, config):
         "A fusion of this kind, not fitted: an empty map"
+        if config.keys() != {"num_classes"}: raise TypeError(f"it has {', '.join(config) or 'nothing'} where num_classes is needed")
         _count(num_classes=(config["num_classes"], 1))
         return cls(torch.zeros(config["num_classes"]))
 

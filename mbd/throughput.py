@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'moving_pictures', 'write_film', 'available', 'transform', 'requests', 'measure', 'wrong', 'row', 'line',
-           'machine', 'data_table']
+           'machine', 'Report', 'data_table']
 
 # %% ../nbs/05_throughput.ipynb #89e64b6b
 import contextlib, os, platform, tempfile, time
@@ -179,9 +179,9 @@ def machine():
     return f"{processor}, {os.cpu_count()} cores; {load}{platform.system()}, Python {platform.python_version()}, {', '.join(versions)}"
 
 # %% ../nbs/05_throughput.ipynb #9d97c2bd
-class _Report:
+class Report:
     "Markdown that grows line by line, in `file` too where it is not None."
-    def __init__(self, file, total, progress): self.file, self.total, self.progress, self.done, self.text = file and Path(file), total, progress, 0, []
+    def __init__(self, file, total, progress=None): self.file, self.total, self.progress, self.done, self.text = file and Path(file), total, progress, 0, []
 
     def __str__(self): return "\n".join(self.text + ["", f"Unfinished: {self.done} of {self.total} lines."] * (self.done < self.total)) + "\n"
 
@@ -190,12 +190,15 @@ class _Report:
     def add(self, line):
         self.text.append(line)
         self.done += 1
-        if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_name(f"{self.file.name}.part")
-            part.write_text(str(self), encoding="utf-8")
-            part.replace(self.file)
+        self.save()
         if self.progress: self.progress(self.done, self.total)
+
+    def save(self):
+        if not self.file: return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f"{self.file.name}.part")
+        part.write_text(str(self), encoding="utf-8")
+        part.replace(self.file)
 
 # %% ../nbs/05_throughput.ipynb #2a9675b3
 def _preface(command, num_frames, size, rounds, missing):
@@ -222,7 +225,7 @@ def data_table(
     found, missing = available()
     jobs, usual = [(codec, gap) for codec in codecs for gap in keyframes], 16 if 16 in lengths else lengths[0]
     clips = sorted(p for p in Path(real).rglob("*") if p.suffix.lower() in (".avi", ".mp4", ".mkv", ".webm")) if real else []
-    table = _Report(report, 2 * len(jobs) * (len(lengths) + bool(workers)) + 2 * len(clips), progress)
+    table = Report(report, 2 * len(jobs) * (len(lengths) + bool(workers)) + 2 * len(clips), progress)
     table.text += _preface(command, num_frames, size, rounds, missing)
     def add(path, title, length, processes=0):
         for kind, indices in requests(video.num_frames(path), length).items(): table.add(line(f"{title}, {length} {kind}", row(path, indices, found, rounds, 6, processes), found))

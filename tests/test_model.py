@@ -4,7 +4,7 @@ import pytest, torch, torch.nn as nn
 from mbd import model as model_module
 from mbd.clips import View
 from mbd.dominance import DominanceMap
-from mbd.fusion import AdaptiveFusion, MeanFusion, ScalarFusion
+from mbd.fusion import FUSIONS, AdaptiveFusion, FeatureFusion, MeanFusion, ScalarFusion
 from mbd.global_stream import GlobalStream
 from mbd.local_stream import BACKBONES, LocalStream, StreamOutput, build_stream, register
 from mbd.model import FORMAT, MBD, load, save
@@ -101,6 +101,43 @@ def test_a_saved_model_answers_alike(tmp_path, fusion, mapped):
     assert same(model, again) and not same(model, make(1)) and type(again.fusion) is type(model.fusion) and not again.training
     assert (again.local_view, again.global_view, again.classes) == (*VIEWS, ["a", "b", "c"]) and again.local.config == model.local.config
     assert model.state_dict().keys() == again.state_dict().keys() and all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(FUSIONS))
+def test_every_fusion_is_saved_as_it_was_fitted(tmp_path, name):
+    model, k, g = make(mapped=False), 3, torch.Generator().manual_seed(3)
+    out = answer(model)
+    given = {"AdaptiveFusion": lambda: FUSIONS[name](torch.tensor([-1., 0., 2.])), "FeatureFusion": lambda: FeatureFusion(out.local.embedding.shape[1], out.global_.embedding.shape[1], k, hidden=4),
+             **{n: lambda: FUSIONS[name](k) for n in ("ClassFusion", "StackingFusion", "GateFusion")}}.get(name, FUSIONS[name])
+    model.fusion = given()
+    wide = (out.local.embedding.shape[1], out.global_.embedding.shape[1]) if model.fusion.inputs == "embeddings" else (k, k)
+    pair = [torch.randn(60, n, generator=g) for n in wide]
+    if model.fusion.inputs == "probabilities": pair = [2 * x for x in pair]; pair = [x.softmax(1) for x in pair]
+    labels = (pair[0] + (pair[1] if wide[0] == wide[1] else 0))[:, :k].argmax(1)
+    model.fusion.fit(*pair, labels, sources=[str(n // 3) for n in range(60)])
+    model.eval()
+    again = MBD.load(model.save(tmp_path / "m"))
+    assert type(again.fusion) is FUSIONS[name] and again.fusion.config == model.fusion.config and same(model, again)
+    if name != "MeanFusion":      # what was fitted is what answers: another fit answers otherwise
+        again.fusion = given()
+        assert not torch.equal(answer(model).fused, answer(again).fused)
+
+
+def test_a_checkpoint_from_before_the_fusions_had_a_configuration_is_read(folder):
+    old = words(folder); del old["fusion_config"]
+    (folder / "config.json").write_text(json.dumps(old))
+    assert same(load(folder), make())
+    plain = save(make(fusion=ScalarFusion()), folder.parent / "plain")
+    old = words(plain); del old["fusion_config"]
+    (plain / "config.json").write_text(json.dumps(old))
+    assert same(load(plain), make(fusion=ScalarFusion()))
+
+
+@pytest.mark.parametrize("name, given", [("AdaptiveFusion", {"num_classes": 4}), ("AdaptiveFusion", {"num_classes": 10**12}), ("AdaptiveFusion", {}), ("AdaptiveFusion", []), ("AdaptiveFusion", None), ("AdaptiveFusion", {"num_classes": 3, "evil": 1}),
+    ("GateFusion", {"num_classes": 3, "hidden": 10**12}), ("FeatureFusion", {"local_dim": 10**12, "global_dim": 1, "num_classes": 3}), ("ScalarFusion", {}), ("MeanFusion", {"num_classes": 3})])
+def test_a_fusion_that_is_not_the_saved_one_is_refused(folder, name, given):
+    config(folder, fusion=name, fusion_config=given)
+    with pytest.raises(ValueError, match=re.escape(str(folder))): load(folder)
 
 
 def test_the_map_comes_back_without_loss(folder):

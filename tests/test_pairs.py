@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from mbd import pairs as pairs_module
 from mbd.clips import GLOBAL_VIEW, LOCAL_VIEW, View
 from mbd.local_stream import BACKBONES, LocalStream, StreamOutput, build_stream, register, stream_view
-from mbd.pairs import PAIRS, UNEQUAL, Cost, Pair, Side, compared, find_pair, flag, make_streams, map_refused, pairs_table, solo, step_time, stream_cost, table
+from mbd.pairs import PAIRS, UNEQUAL, Cost, Pair, Side, compared, count_cost, find_pair, flag, make_streams, map_refused, pairs_table, solo, step_time, stream_cost, table
 
 ALL = [pair for pairs in PAIRS.values() for pair in pairs.values()]
 
@@ -55,6 +55,15 @@ def test_classes_and_options_count():
     assert stream_cost("hand_cnn", widths=[8, 8], temporal_kernels=[3, 3]).parameters == sum(p.numel() for p in LocalStream(10, (8, 8), (3, 3)).parameters())
     with pytest.raises(ValueError, match="did you mean 'hand_cnn'"): stream_cost("hand_cn")
     with pytest.raises(ValueError, match="no weights"): stream_cost("hand_cnn", weights="kinetics400")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stream_that_exists_is_counted_as_it_is(training):
+    stream = build_stream("hand_transformer", 10).train(training)
+    before = {name: value.clone() for name, value in stream.state_dict().items()}
+    assert count_cost(stream, 3, GLOBAL_VIEW.frames, GLOBAL_VIEW.size, GLOBAL_VIEW.size) == stream_cost("hand_transformer")
+    assert stream.training is training and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items())
+    assert count_cost(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)).train(training), 7) == Cost(8 * 5 + 6 * 2, 2 * (35 + 10) / 1e9)
 
 
 def test_a_large_network_is_measured_without_its_memory():
