@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'ENDINGS', 'VIDEOS', 'LISTS', 'ARCHIVES', 'HMDB51_NUMBERS', 
            'Dataset', 'names_direction', 'load', 'has_seen', 'counts', 'table', 'cut_parts']
 
 # %% ../nbs/03_datasets.ipynb #45e74edb
-import csv, gc, json, os, re
+import csv, functools, gc, json, os, re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +17,21 @@ import numpy as np
 from .settings import nearest
 
 # %% ../nbs/03_datasets.ipynb #1af9b208
+class _WhenAsked:
+    "A field that is given as a text or a Path, and is a Path from the first time it is read."
+    def __set_name__(self, owner, name): self.name = name
+    def __set__(self, record, value): vars(record)[self.name] = value
+    def __get__(self, record, owner=None):
+        if record is None: raise AttributeError(self.name)      # the field has no default
+        value = vars(record)[self.name]
+        if isinstance(value, str): vars(record)[self.name] = value = Path(value)
+        return value
+
 @dataclass(frozen=True)
 class Record:
     "One annotated video."
     id: str      # unique in the data set and the same on every computer: UCF101, HMDB51: the file's name without its ending; Kinetics-400: ytid_SSSSSS_EEEEEE; SSv2: its number
-    path: Path   # the file
+    path: Path = _WhenAsked()   # the file
     label: int   # position of its class in Dataset.classes, from 0
     source: str  # what it was cut from: "<Class>_gNN" (UCF101), the film (HMDB51), the YouTube id (Kinetics-400), the video itself (SSv2, which names no source)
     subset: str = "train"  # the official list it stands in
@@ -190,11 +200,14 @@ def _ucf101(root, split, subset, annotations):
     return classes, list(rows.values())
 
 # %% ../nbs/03_datasets.ipynb #393eb3bc
+@functools.lru_cache(None)
+def _hmdb51_name(name): return re.compile(rf"(.+)_{re.escape(name)}_[hful]_(?:cm|nm)_np\d+_(?:fr|ba|le|ri)_(?:goo|med|bad)_\d+")
+
 def _hmdb51_entry(line, name):
     "(file name without ending, number, title of the film) of a line in the list of class `name`, or a str that says what is wrong with it."
     match = re.fullmatch(r"([^/\\]+)\.\w+\s+([012])", line)
     if not match: return "is not 'name.avi' and 0, 1 or 2"
-    title = re.fullmatch(rf"(.+)_{re.escape(name)}_[hful]_(?:cm|nm)_np\d+_(?:fr|ba|le|ri)_(?:goo|med|bad)_\d+", match[1])
+    title = _hmdb51_name(name).fullmatch(match[1])
     if not title: return f"is not named '<film>_{name}_<body>_<camera>_<people>_<view>_<quality>_<number>'"
     return match[1], int(match[2]), title[1]
 
@@ -212,12 +225,13 @@ def _hmdb51(root, split, subset, annotations):
     classes, rows = sorted({file.name[:-len("_test_split1.txt")] for file in files}), {}
     index = _index(_video_folders("hmdb51", root), classes)
     for label, name in enumerate(classes):
+        key = _key(name)
         for n, line in _lines(file := _locate("hmdb51", [files[0].parent], [f"{name}_test_split{split}.txt"])):
             entry = _hmdb51_entry(line, name)
             if isinstance(entry, str): raise _bad(file, n, line, entry)
             stem, number, title = entry
             if stem in rows: raise _bad(file, n, line, "is listed twice")
-            rows[stem] = (stem, label, _film(title), _find(index, _key(name), stem)) if number == HMDB51_NUMBERS[subset] else None
+            rows[stem] = (stem, label, _film(title), _find(index, key, stem)) if number == HMDB51_NUMBERS[subset] else None
     return classes, [row for row in rows.values() if row]
 
 # %% ../nbs/03_datasets.ipynb #85e6fae2
@@ -243,6 +257,7 @@ def _k400_rows(file):
 K400_WORDS = {"train": ("train",), "validation": ("validate", "val", "validation"), "test": ("test",)}   # subset -> its names in files and rows
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 
+@functools.lru_cache(10_000)
 def _seconds(text):
     if len(text) < 7 and text.isdecimal(): return int(text)
     whole, _, rest = text.strip().partition(".")
@@ -413,9 +428,9 @@ def _records(rows, subset, reasons, origin):
     for id, label, source, path, *times in rows:
         if path is None: continue
         above, _, file = path.rpartition(os.sep)
-        if above not in folders: folders[above] = Path(above or os.sep)
-        path = folders[above] / file
-        if reasons and str(path) in reasons: unreadable[id] = reasons[str(path)]
+        if above not in folders: folders[above] = str(Path(above or os.sep) / "_")[:-1]
+        path = folders[above] + file
+        if path in reasons: unreadable[id] = reasons[path]
         else: records.append(Record(id, path, label, source, subset, *times, origin=origin))
     return records, unreadable
 

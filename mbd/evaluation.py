@@ -54,7 +54,7 @@ def average_views(
         raise ValueError(f"expected logits of views (N, V, K), got {tuple(logits.shape)}")
     return logits.log_softmax(2).logsumexp(1) - np.log(logits.shape[1])
 
-# %% ../nbs/14_evaluation.ipynb #c2fa5174
+# %% ../nbs/14_evaluation.ipynb #f622a275
 def describe_protocol(
     protocol: dict,  # clips, crops, and for each stream the fields of its View
 ) -> str:
@@ -129,9 +129,9 @@ def paired_difference(
         raise ValueError(f"the methods answered {a.shape} and {b.shape} videos: a paired difference needs the same ones")
     return interval(a - b, sources, resamples, confidence, seed)
 
-# %% ../nbs/14_evaluation.ipynb #f6dde752
+# %% ../nbs/14_evaluation.ipynb #37e12463
 def choose_baseline(
-    candidates: dict,  # name -> (N, K) probabilities on the gate part
+    candidates: dict,  # name -> (N, K) probabilities on the gate part; cross-fitted, where a candidate is fitted there
     labels,  # (N,) true classes of the gate part
 ) -> str:
     "The name of the most accurate candidate; among equals the one with the lower negative log-likelihood."
@@ -144,7 +144,7 @@ def choose_baseline(
 
     return min(candidates, key=key)
 
-# %% ../nbs/14_evaluation.ipynb #9116e4c9
+# %% ../nbs/14_evaluation.ipynb #5ea0950a
 def confusion(
     probabilities,  # (N, K)
     labels,  # (N,) true class
@@ -155,7 +155,7 @@ def confusion(
     np.add.at(counts, (y, p.argmax(1)), 1)
     return counts
 
-# %% ../nbs/14_evaluation.ipynb #d1fe34f1
+# %% ../nbs/14_evaluation.ipynb #ab4d98c7
 def oracle(
     local_right,  # (N,) bool
     global_right,  # (N,) bool
@@ -174,7 +174,7 @@ def agreement(
         raise ValueError(f"need the same videos for both streams, got {a.shape} and {b.shape}")
     return {"both": float((a & b).mean()), "local_only": float((a & ~b).mean()), "global_only": float((~a & b).mean()), "neither": float((~a & ~b).mean())}
 
-# %% ../nbs/14_evaluation.ipynb #525493ee
+# %% ../nbs/14_evaluation.ipynb #f6ca5bb5
 def _by(bins, correct, sources, options):
     "Accuracy of every method in every bin: {bin: {videos, top1, top1_interval}}. bins: name -> (N,) bool."
     result = {}
@@ -207,7 +207,7 @@ def by_group(
     result = _by({n: codes[y] == c for n, c in names.items()}, correct, sources, options)
     return {n: {"classes": int((codes == names[n]).sum()), **entry} for n, entry in result.items()}
 
-# %% ../nbs/14_evaluation.ipynb #3fb11cd6
+# %% ../nbs/14_evaluation.ipynb #37739dab
 def by_length(
     correct: dict,  # method -> (N,) right or wrong
     lengths,  # (N,) frames of each video
@@ -227,7 +227,7 @@ def by_length(
         bins[f"{int(lengths[mine].min())}-{int(lengths[mine].max())}"] = mine
     return _by(bins, correct, sources, options)
 
-# %% ../nbs/14_evaluation.ipynb #08121444
+# %% ../nbs/14_evaluation.ipynb #ebe9f7fc
 def rank_correlation(
     a,  # (K,)
     b,  # (K,)
@@ -245,7 +245,7 @@ def rank_correlation(
 
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
-# %% ../nbs/14_evaluation.ipynb #c8268def
+# %% ../nbs/14_evaluation.ipynb #76db85b3
 def _methods(local_logits, global_logits, labels, fused, best_baseline, adaptive):
     "Probabilities of streams, average and fusions by name, and the names of the baselines. Raises ValueError."
     p = {n: torch.as_tensor(_array(x), dtype=torch.float64).softmax(1).numpy() for n, x in (("local", local_logits), ("global", global_logits))}
@@ -264,14 +264,14 @@ def _methods(local_logits, global_logits, labels, fused, best_baseline, adaptive
         raise ValueError(f"best_baseline {best_baseline!r} is none of {sorted([*baselines, 'local', 'global'])}")
     return p, baselines
 
-# %% ../nbs/14_evaluation.ipynb #ecf9d892
+# %% ../nbs/14_evaluation.ipynb #efe70df1
 def evaluate(
     local_logits,  # (N, K) calibrated logits of the local stream, averaged over views
     global_logits,  # (N, K) of the global stream
     labels,  # (N,) true class
     sources,  # (N,) the source of each video; None: every video is its own
     fused: dict,  # name of a fusion -> (N, K) probabilities
-    best_baseline: str,  # its name, chosen on the gate part
+    best_baseline: str,  # its name, chosen on the gate part by cross-fitted answers
     *, adaptive="adaptive",  # which of them is the adaptive fusion
     group_codes=None,  # (K,) of the dominance map; None: no by_group
     lengths=None,  # (N,) frames of each video; None: no by_length

@@ -480,7 +480,7 @@ def _finish(model, data, seed, resamples):
     fusions, best = training.fit_fusions(model, data["gate"], batch_size=1000)
     answers = training.predict(model, data["test"], 1000)
     pair = training.calibrate(answers, model.temperature)
-    fused = {name: fusion(pair[0].exp(), pair[1].exp()) for name, fusion in fusions.items()}
+    fused = training.fuse_all(fusions, answers, model.temperature)
     scored = {name: p for name, p in fused.items() if name != "average"}
     result = evaluate(*pair, answers.labels, answers.sources, scored, best, group_codes=model.map.group_codes, resamples=resamples, seed=seed)
     return SimpleNamespace(answers=answers, pair=pair, fused=fused, result=result)

@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'FUSIONS', 'fuse', 'MeanFusion', 'ScalarFusion', 'AdaptiveFusion', 'ClassFusion', 'EntropyFusion',
-           'StackingFusion', 'corrupt', 'GateFusion', 'FeatureFusion', 'ambiguity', 'ExitCurve', 'early_exit',
-           'build_fusion']
+           'StackingFusion', 'corrupt', 'GateFusion', 'FeatureFusion', 'cross_fit', 'fit_all', 'ambiguity', 'may_stop',
+           'ExitCurve', 'early_exit', 'build_fusion']
 
-# %% ../nbs/11_fusion.ipynb #f94b4835
+# %% ../nbs/11_fusion.ipynb #5cb5f8bc
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/11_fusion.ipynb #7ae1a00d
-def _checked_pair(p_local, p_global):
-    "Refuses what is not two (N, K) tables of probabilities"
+from .dominance import source_folds
+
+# %% ../nbs/11_fusion.ipynb #ef49a53d
+def _checked_pair(p_local, p_global, num_classes=None):
+    "Refuses what is not two (N, K) tables of probabilities, of the classes a fusion was made for"
     if p_local.ndim != 2 or p_local.shape != p_global.shape:
         raise ValueError(f"both streams' probabilities must share a shape (N, K), not {tuple(p_local.shape)} and {tuple(p_global.shape)}")
     for name, p in (("p_local", p_local), ("p_global", p_global)):
         if not torch.isfinite(p).all(): raise ValueError(f"{name} holds NaN or infinite values")
         if (p < 0).any() or ((p.sum(1) - 1).abs() > 1e-2).any(): raise ValueError(f"the rows of {name} are not probabilities: they must be >= 0 and sum to 1; pass softmax(logits / T)")
+    if num_classes not in (None, p_local.shape[1]): raise ValueError(f"p_local has {p_local.shape[1]} classes, the fusion {num_classes} classes; make one with num_classes={p_local.shape[1]} and fit it")
 
 def fuse(
     p_local: torch.Tensor, # (N, K) calibrated probabilities of the local stream
@@ -35,40 +39,61 @@ def fuse(
     if not ((weight >= 0) & (weight <= 1)).all(): raise ValueError(f"weights must lie in 0..1, found {float(weight.min()):.3g}..{float(weight.max()):.3g}")
     return weight[:, None] * p_local + (1 - weight)[:, None] * p_global
 
-# %% ../nbs/11_fusion.ipynb #d1bfb4ed
-def _fit(log_odds, p_local, p_global, labels, starts, strength):
-    """Parameters minimising the fused NLL on the CPU in float64. `log_odds(theta)` gives logit(w) (N,);
-    the first of `starts` is also what the fit is pulled to."""
-    if len(p_local) == 0: raise ValueError("no videos to fit the fusion on: the gate part is empty")
-    _checked_pair(p_local, p_global)
-    if labels.shape != p_local.shape[:1] or labels.is_floating_point(): raise ValueError(f"labels must be integers of shape ({len(p_local)},), not {labels.dtype} {tuple(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= p_local.shape[1]: raise ValueError(f"labels must lie in 0..{p_local.shape[1] - 1}, found {int(labels.min())}..{int(labels.max())}")
-    if not strength >= 0: raise ValueError(f"strength must be 0 or more, not {strength}")
-    of_label = lambda p: p.detach().cpu().double().gather(1, labels.cpu().long()[:, None]).squeeze(1).clamp_min(1e-12).log()
-    results = []
-    with torch.inference_mode(False), torch.enable_grad():              # whatever mode the caller is in
-        log_local, log_global, home = of_label(p_local).clone(), of_label(p_global).clone(), torch.tensor(starts[0], dtype=torch.float64)
-        def objective(theta):
-            z = log_odds(theta)
-            fused = torch.logaddexp(F.logsigmoid(z) + log_local, F.logsigmoid(-z) + log_global)
-            return -fused.sum() + strength / 2 * (theta - home).square().sum()
-        for start in starts:
-            theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-            optimizer = torch.optim.LBFGS([theta], max_iter=100, line_search_fn="strong_wolfe")
-            def closure():
-                optimizer.zero_grad(); loss = objective(theta); loss.backward()
-                return loss
-            optimizer.step(closure)
-            if torch.isfinite(theta).all(): results.append((objective(theta).item(), theta.detach()))
-    return min(results, key=lambda r: r[0])[1] if results else home
+# %% ../nbs/11_fusion.ipynb #67530b31
+def _checked_labels(labels, videos, num_classes):
+    "Labels as int64 on the CPU; refuses an empty gate and what is not one class for each video"
+    if videos == 0: raise ValueError("no videos to fit the fusion on: the gate part is empty")
+    if labels.shape != (videos,) or labels.is_floating_point(): raise ValueError(f"labels must be integers of shape ({videos},), not {labels.dtype} {tuple(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= num_classes: raise ValueError(f"labels must lie in 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}")
+    return torch.from_numpy(labels.cpu().long().numpy().copy())
 
-# %% ../nbs/11_fusion.ipynb #f19e4295
+def _ready(p_local, p_global, labels, sources=None, num_classes=None):
+    "Both tables in float64 and the labels, checked, on the CPU"
+    _checked_pair(p_local, p_global, num_classes)
+    labels = _checked_labels(labels, *p_local.shape)
+    if sources is not None and len(sources) != len(labels): raise ValueError(f"sources has {len(sources)} entries for {len(labels)} videos; give each video the name of its source, or None")
+    return *(torch.from_numpy(p.detach().cpu().double().numpy().copy()) for p in (p_local, p_global)), labels
+
+# %% ../nbs/11_fusion.ipynb #b636aec3
+def _minimise(objective, start, iterations):
+    "Tensors near `start` that minimise objective(*tensors) by LBFGS; `start` itself where the search fails"
+    with torch.inference_mode(False), torch.enable_grad():              # whatever mode the caller is in
+        values = [s.clone().requires_grad_() for s in start]
+        optimizer = torch.optim.LBFGS(values, max_iter=iterations, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7)
+        def closure():
+            optimizer.zero_grad(); loss = objective(*values); loss.backward()
+            return loss
+        optimizer.step(closure)
+    good = all(torch.isfinite(v).all() for v in values)
+    return [v.detach() for v in (values if good else start)]
+
+# %% ../nbs/11_fusion.ipynb #733fe890
+@torch.inference_mode(False)
+def _fit(log_odds, p_local, p_global, labels, starts, strength):
+    "Parameters theta minimising the fused NLL; `log_odds(theta)` gives logit(w) (N,); the first of `starts` is also what the fit is pulled to"
+    l, g, y = _ready(p_local, p_global, labels)
+    if not strength >= 0: raise ValueError(f"strength must be 0 or more, not {strength}")
+    log_local, log_global = (p.gather(1, y[:, None])[:, 0].clamp_min(1e-12).log() for p in (l, g))
+    starts = torch.tensor(starts, dtype=torch.float64)
+    def objective(theta):
+        z = log_odds(theta)
+        fused = torch.logaddexp(F.logsigmoid(z) + log_local, F.logsigmoid(-z) + log_global)
+        return -fused.sum() + strength / 2 * (theta - starts[0]).square().sum()
+    return min((_minimise(objective, [start], 100)[0] for start in starts), key=lambda theta: objective(theta).item())
+
+def _set(module, **values):
+    "Write buffers, whatever mode they were made in and the caller is in"
+    for name, value in values.items():
+        buffer = getattr(module, name)
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad(): buffer.copy_(torch.as_tensor(value))
+
+# %% ../nbs/11_fusion.ipynb #79a3a66a
 def _count(**numbers):
     "Refuses what is not a whole number of at least 2, or 1 for a width"
     for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
-# %% ../nbs/11_fusion.ipynb #793a6dae
+# %% ../nbs/11_fusion.ipynb #44c71e57
 class MeanFusion(nn.Module):
     "The mean of both streams' calibrated probabilities; nothing is fitted"
     fitted_parameters = 0
@@ -95,7 +120,7 @@ class MeanFusion(nn.Module):
         "Fused probabilities. ValueError as `fuse`"
         return fuse(p_local, p_global, self.weight(p_local, p_global))
 
-# %% ../nbs/11_fusion.ipynb #ec419360
+# %% ../nbs/11_fusion.ipynb #e4b445c0
 class ScalarFusion(MeanFusion):
     "One weight for all videos, w = sigmoid(bias); one number is fitted"
     fitted_parameters = 1
@@ -108,19 +133,18 @@ class ScalarFusion(MeanFusion):
         p_local: torch.Tensor, # (N, K) calibrated probabilities on `gate`
         p_global: torch.Tensor, # (N, K)
         labels: torch.Tensor, # (N,)
-        strength: float = 0.1, # pull to the mean; a normal prior of variance 1 / strength
         sources=None, # N names; not used
+        strength: float = 0.1, # pull to the mean; a normal prior of variance 1 / strength
     ):
         "Fit the bias by NLL in float64; returns itself. ValueError on an empty gate, NaN, labels out of range"
-        theta = _fit(lambda t: t.expand(len(p_local)), p_local, p_global, labels, [[0.0]], strength)
-        self.bias.copy_(theta[0])
+        _set(self, bias=_fit(lambda t: t.expand(len(p_local)), p_local, p_global, labels, [[0.0]], strength)[0])
         return self
 
     def weight(self, p_local: torch.Tensor, p_global: torch.Tensor) -> torch.Tensor: # (N,)
         "The same weight for each video"
         return torch.sigmoid(self.bias).to(p_local).expand(len(p_local))
 
-# %% ../nbs/11_fusion.ipynb #62abe102
+# %% ../nbs/11_fusion.ipynb #c40d4c4a
 class AdaptiveFusion(MeanFusion):
     "A weight for each video, w = sigmoid(slope E_p[logit share] + bias), p the mean prediction (P5; the formula is ours); two numbers are fitted"
     fitted_parameters = 2
@@ -144,61 +168,29 @@ class AdaptiveFusion(MeanFusion):
 
     def evidence(self, p_local: torch.Tensor, p_global: torch.Tensor) -> torch.Tensor: # (N,)
         "Expected log-odds of the share under the mean prediction"
-        _checked_pair(p_local, p_global)
-        if p_local.shape[1:] != self.logit_share.shape: raise ValueError(f"the map has {len(self.logit_share)} classes, the probabilities {tuple(p_local.shape)[1:]}")
+        _checked_pair(p_local, p_global, len(self.logit_share))
         return (p_local + p_global) / 2 @ self.logit_share.to(p_local)
 
+    @torch.inference_mode(False)
     def fit(self,
         p_local: torch.Tensor, # (N, K) calibrated probabilities on `gate`
         p_global: torch.Tensor, # (N, K)
         labels: torch.Tensor, # (N,)
-        strength: float = 0.1, # pull to slope 1, bias 0; a normal prior of variance 1 / strength
         sources=None, # N names; not used
+        strength: float = 0.1, # pull to slope 1, bias 0; a normal prior of variance 1 / strength
     ):
         "Fit slope and bias by NLL in float64; returns itself. ValueError on an empty gate, NaN, labels out of range"
-        with torch.inference_mode(False): evidence = self.evidence(p_local.clone(), p_global.clone()).detach().cpu().double()
-        theta = _fit(lambda t: t[0] * evidence + t[1], p_local, p_global, labels, [[1.0, 0.0], [0.0, 0.0], [5.0, 0.0]], strength)
-        self.slope.copy_(theta[0]); self.bias.copy_(theta[1])
+        l, g, y = _ready(p_local, p_global, labels, sources, len(self.logit_share))
+        evidence = self.evidence(l, g)
+        slope, bias = _fit(lambda t: t[0] * evidence + t[1], l, g, y, [[1.0, 0.0], [0.0, 0.0], [5.0, 0.0]], strength)
+        _set(self, slope=slope, bias=bias)
         return self
 
     def weight(self, p_local: torch.Tensor, p_global: torch.Tensor) -> torch.Tensor: # (N,)
         "Weight of the local stream for each video"
         return torch.sigmoid(self.slope.to(p_local) * self.evidence(p_local, p_global) + self.bias.to(p_local))
 
-# %% ../nbs/11_fusion.ipynb #52cc11fd
-def _ready(p_local, p_global, labels, sources=None, num_classes=None):
-    "Checked tables of the gate in float64 on the CPU, labels, and a number for each source"
-    if len(p_local) == 0: raise ValueError("no videos to fit the fusion on: the gate part is empty")
-    _checked_pair(p_local, p_global)
-    if labels.shape != p_local.shape[:1] or labels.is_floating_point(): raise ValueError(f"labels must be integers of shape ({len(p_local)},), not {labels.dtype} {tuple(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= p_local.shape[1]: raise ValueError(f"labels must lie in 0..{p_local.shape[1] - 1}, found {int(labels.min())}..{int(labels.max())}")
-    if num_classes not in (None, p_local.shape[1]): raise ValueError(f"p_local has {p_local.shape[1]} classes, the fusion was made for {num_classes}; build it with num_classes={p_local.shape[1]}")
-    if sources is not None and len(sources) != len(labels): raise ValueError(f"sources has {len(sources)} entries for {len(labels)} videos; give each video the name of its source, or None")
-    number = {name: i for i, name in enumerate(dict.fromkeys(map(str, sources)))} if sources is not None else None
-    owner = torch.tensor([number[str(name)] for name in sources]) if number else torch.arange(len(labels))
-    plain = lambda p: torch.from_numpy(p.detach().cpu().double().numpy().copy())
-    return plain(p_local), plain(p_global), torch.from_numpy(labels.cpu().long().numpy().copy()), owner
-
-# %% ../nbs/11_fusion.ipynb #ca22e33a
-def _minimise(objective, start, iterations):
-    "Tensors near `start` that minimise objective(*tensors) by LBFGS; `start` itself where the search fails"
-    with torch.inference_mode(False), torch.enable_grad():
-        values = [s.clone().requires_grad_() for s in start]
-        optimizer = torch.optim.LBFGS(values, max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-7)
-        def closure():
-            optimizer.zero_grad(); loss = objective(*values); loss.backward()
-            return loss
-        optimizer.step(closure)
-    good = all(torch.isfinite(v).all() for v in values)
-    return [v.detach() for v in (values if good else start)]
-
-def _set(module, **values):
-    "Write buffers, whatever mode they were made in and the caller is in"
-    for name, value in values.items():
-        buffer = getattr(module, name)
-        with torch.inference_mode(buffer.is_inference()), torch.no_grad(): buffer.copy_(torch.as_tensor(value))
-
-# %% ../nbs/11_fusion.ipynb #6095bf75
+# %% ../nbs/11_fusion.ipynb #e4a2fa3b
 class ClassFusion(MeanFusion):
     "A weight for each class, w_k = sigmoid(bias_k), the mixture normalised again; K numbers are fitted, pulled to the one scalar"
 
@@ -218,7 +210,7 @@ class ClassFusion(MeanFusion):
         strength: float = 1.0, # pull of each class to the scalar of all; a normal prior of variance 1 / strength
     ):
         "Fit the biases by NLL in float64; returns itself. ValueError as `ScalarFusion.fit`"
-        l, g, y, _ = _ready(p_local, p_global, labels, sources, len(self.bias))
+        l, g, y = _ready(p_local, p_global, labels, sources, len(self.bias))
         if not strength >= 0: raise ValueError(f"strength must be 0 or more, not {strength}")
         home = ScalarFusion().fit(l, g, y).bias.double()
         def objective(bias):
@@ -229,8 +221,7 @@ class ClassFusion(MeanFusion):
 
     def weight(self, p_local, p_global):
         "Expected weight under the mean prediction (N,), to look at: `forward` weighs each class by its own"
-        _checked_pair(p_local, p_global)
-        if p_local.shape[1:] != self.bias.shape: raise ValueError(f"p_local has {p_local.shape[1]} classes, the fusion {len(self.bias)}; fit one for these classes")
+        _checked_pair(p_local, p_global, len(self.bias))
         return (p_local + p_global) / 2 @ self.bias.sigmoid().to(p_local) / ((p_local + p_global) / 2).sum(1)
 
     def forward(self, p_local, p_global):
@@ -239,7 +230,7 @@ class ClassFusion(MeanFusion):
         mixed = p_global + self.bias.sigmoid().to(p_local) * (p_local - p_global)
         return mixed / mixed.sum(1, keepdim=True).clamp_min(1e-12)
 
-# %% ../nbs/11_fusion.ipynb #0d710987
+# %% ../nbs/11_fusion.ipynb #0463e9cd
 def _entropy(p): return -torch.special.xlogy(p, p).sum(1)
 
 class EntropyFusion(MeanFusion):
@@ -256,10 +247,10 @@ class EntropyFusion(MeanFusion):
         strength: float = 0.1, # pull to slope 1, bias 0, which is w proportional to exp(-H)
     ):
         "Fit slope and bias by NLL in float64; returns itself. ValueError as `ScalarFusion.fit`"
-        l, g, y, _ = _ready(p_local, p_global, labels, sources)
+        l, g, y = _ready(p_local, p_global, labels, sources)
         difference = _entropy(g) - _entropy(l)
-        theta = _fit(lambda t: t[0] * difference + t[1], l, g, y, [[1.0, 0.0], [0.0, 0.0]], strength)
-        _set(self, slope=theta[0], bias=theta[1])
+        slope, bias = _fit(lambda t: t[0] * difference + t[1], l, g, y, [[1.0, 0.0], [0.0, 0.0]], strength)
+        _set(self, slope=slope, bias=bias)
         return self
 
     def weight(self, p_local, p_global):
@@ -267,15 +258,20 @@ class EntropyFusion(MeanFusion):
         _checked_pair(p_local, p_global)
         return torch.sigmoid(self.slope.to(p_local) * (_entropy(p_global) - _entropy(p_local)) + self.bias.to(p_local))
 
-# %% ../nbs/11_fusion.ipynb #7eecdae3
-def _folds(owner, number=3):
-    "A fold for each video such that no source is in two: largest sources first, each to the smallest fold"
-    count, size, of = torch.bincount(owner), [0] * number, {}
-    for source in count.argsort(descending=True, stable=True).tolist():
-        of[source] = size.index(min(size)); size[of[source]] += int(count[source])
-    return torch.tensor([of[s] for s in owner.tolist()])
+# %% ../nbs/11_fusion.ipynb #28187903
+def _log_linear_pool(x, y):
+    "[matrix (2K, K), bias (K,)] of the pool alpha log p_L + beta log p_G with its two numbers fitted; x (N, 2K) are the log-probabilities"
+    k = x.shape[1] // 2
+    pool = lambda t: F.cross_entropy(t[0] * x[:, :k] + t[1] * x[:, k:], y, reduction="sum") + 0.05 * (t - 0.5).square().sum()
+    found = _minimise(pool, [torch.full((2,), 0.5, dtype=x.dtype)], 20)[0]
+    return [torch.cat([torch.eye(k, dtype=x.dtype) * t for t in found]), x.new_zeros(k)]
 
-# %% ../nbs/11_fusion.ipynb #3becbfbd
+def _pulled_regression(x, y, start, home, strength, iterations):
+    "[matrix, bias] of the regression from `start`, with a pull of this strength to `home`"
+    objective = lambda m, b: F.cross_entropy(x @ m + b, y, reduction="sum") + strength / 2 * ((m - home[0]).square().sum() + (b - home[1]).square().sum())
+    return _minimise(objective, start, iterations)
+
+# %% ../nbs/11_fusion.ipynb #e055746f
 class StackingFusion(MeanFusion):
     """Multinomial logistic regression on both streams' log-probabilities (Wolpert 1992), pulled to the log-linear pool
     a log p_L + b log p_G; 2 K^2 + K numbers. The pull is chosen by cross-validation over sources within the fitting data"""
@@ -302,31 +298,25 @@ class StackingFusion(MeanFusion):
         sources=None, # N names: the inner folds keep a source together; None: each video is its own
     ):
         "Choose the pull and fit; returns itself. ValueError as `ScalarFusion.fit`"
-        l, g, y, owner = _ready(p_local, p_global, labels, sources, len(self.bias))
-        x, fold, k = self._inputs(l, g), _folds(owner), len(self.bias)
-        loss = lambda a, y, m, b: F.cross_entropy(a @ m + b, y, reduction="sum")
-        def home(a, y):                                         # the two-number log-linear pool
-            pool = lambda t: F.cross_entropy(t[0] * a[:, :k] + t[1] * a[:, k:], y, reduction="sum") + 0.05 * (t - 0.5).square().sum()
-            found = _minimise(pool, [torch.full((2,), 0.5, dtype=a.dtype)], 20)[0]
-            return [torch.cat([torch.eye(k) * float(t) for t in found]), torch.zeros(k)]
-        def towards(a, y, start, base, strength, iterations):
-            pulled = lambda m, b: loss(a, y, m, b) + strength / 2 * ((m - base[0]).square().sum() + (b - base[1]).square().sum())
-            return _minimise(pulled, start, iterations)
-        score = [0.0] * (len(self.grid) + 1)
-        for f in range(3) if len(owner.unique()) >= 3 else ():
-            base = now = home(x[fold != f], y[fold != f]); seen, held = x[fold != f].float(), x[fold == f].float()
-            score[0] += loss(held, y[fold == f], *now).item()
-            for i, strength in enumerate(self.grid):
-                now = towards(seen, y[fold != f], now, base, strength, 12); score[i + 1] += loss(held, y[fold == f], *now).item()
-        chosen, base = score.index(min(score)), home(x, y); now, seen = base, x.float()
-        for strength in self.grid[:chosen]: now = towards(seen, y, now, base, strength, 20)
+        l, g, y = _ready(p_local, p_global, labels, sources, len(self.bias))
+        x, sources, chosen = self._inputs(l, g).float(), list(map(str, range(len(y)) if sources is None else sources)), 0
+        if len(set(sources)) >= 3:                              # fewer leave nothing to choose by: the pool
+            fold = source_folds(y, sources, folds=3)
+            seen, held = ([(x[rows], y[rows]) for rows in (fold.ne(f) if other else fold.eq(f) for f in range(3))] for other in (True, False))
+            loss = lambda answers: sum(F.cross_entropy(a @ m + b, t, reduction="sum").item() for (a, t), (m, b) in zip(held, answers))
+            home = now = [_log_linear_pool(*part) for part in seen]; best = loss(now)
+            for number, strength in enumerate(self.grid, 1):
+                now = [_pulled_regression(*part, *start, strength, 12) for part, start in zip(seen, zip(now, home))]
+                if loss(now) >= best: break
+                best, chosen = loss(now), number
+        home = now = _log_linear_pool(x, y)
+        for strength in self.grid[:chosen]: now = _pulled_regression(x, y, now, home, strength, 20)
         _set(self, matrix=now[0], bias=now[1], strength=(float("inf"), *self.grid)[chosen])
         return self
 
     def weight(self, p_local, p_global):
         "Share of the local stream in the size of the evidence for the answer given (N,), to look at"
-        _checked_pair(p_local, p_global); k = len(self.bias)
-        if p_local.shape[1] != k: raise ValueError(f"p_local has {p_local.shape[1]} classes, the fusion {k}; fit one for these classes")
+        k = len(self.bias); _checked_pair(p_local, p_global, k)
         x, m = self._inputs(p_local, p_global), self.matrix.to(p_local)
         parts = [(z - z.mean(1, keepdim=True)) for z in (x[:, :k] @ m[:k], x[:, k:] @ m[k:])]
         top = sum(parts).add(self.bias.to(p_local)).argmax(1, keepdim=True)
@@ -335,17 +325,16 @@ class StackingFusion(MeanFusion):
 
     def forward(self, p_local, p_global):
         "Fused probabilities (N, K). ValueError as `fuse`"
-        _checked_pair(p_local, p_global)
-        if p_local.shape[1] != len(self.bias): raise ValueError(f"p_local has {p_local.shape[1]} classes, the fusion {len(self.bias)}; fit one for these classes")
+        _checked_pair(p_local, p_global, len(self.bias))
         return (self._inputs(p_local, p_global) @ self.matrix.to(p_local) + self.bias.to(p_local)).softmax(1)
 
-# %% ../nbs/11_fusion.ipynb #feea6abf
-CORRUPTIONS = ("noise", "drop", "swap")
+# %% ../nbs/11_fusion.ipynb #ed5bbe77
+CORRUPTIONS = ("noise", "drop", "swap", "stuck")
 
 def corrupt(
     p: torch.Tensor, # (N, K) probabilities of one stream
-    kind: str, # noise: added to the logits; drop: the answer becomes uniform; swap: that of another video
-    strength, # number or (N,): standard deviation in units of the logits' own spread; for drop and swap the part of videos hit
+    kind: str, # noise: added to the logits; drop: the answer becomes uniform; swap: that of another video; stuck: that of one video for all
+    strength, # number or (N,): standard deviation in units of the logits' own spread; else the part of videos hit
     seed: int = 0, # of the draw
 ) -> torch.Tensor: # (N, K) probabilities
     "A stream's answers as if it were damaged (ours). ValueError on an unknown kind or a negative strength"
@@ -358,11 +347,12 @@ def corrupt(
         out = (z + strength[:, None] * spread * torch.randn(z.shape, generator=draw, dtype=torch.float64)).softmax(1)
     else:
         hit = (torch.rand(len(p), generator=draw, dtype=torch.float64) < strength)[:, None]
-        other = torch.full_like(z, 1 / p.shape[1]) if kind == "drop" else z.exp()[torch.randperm(len(p), generator=draw)]
+        order = torch.randperm(len(p), generator=draw)
+        other = {"drop": torch.full_like(z, 1 / p.shape[1]), "swap": z.exp()[order], "stuck": z.exp()[order[:1]].expand_as(z)}[kind]
         out = torch.where(hit, other / other.sum(1, keepdim=True), p.detach().cpu().double())
     return out.to(p)
 
-# %% ../nbs/11_fusion.ipynb #5773cc2b
+# %% ../nbs/11_fusion.ipynb #75173dbc
 class GateFusion(MeanFusion):
     """A small network gives each video's weight from both entropies, margins, the overlap and the mean class distribution.
     It is fitted on the gate part and on copies of it with one stream noisy or dropped"""
@@ -397,7 +387,7 @@ class GateFusion(MeanFusion):
         seed: int = 0, # of the start and of the damage
     ):
         "Fit the network by NLL in float64; returns itself. ValueError as `ScalarFusion.fit`"
-        l, g, y, _ = _ready(p_local, p_global, labels, sources, self.config["num_classes"])
+        l, g, y = _ready(p_local, p_global, labels, sources, self.config["num_classes"])
         if not strength >= 0: raise ValueError(f"strength must be 0 or more, not {strength}")
         draw, pairs = torch.Generator().manual_seed(seed), [(l, g)]
         if self.config["corruption"]:
@@ -411,22 +401,38 @@ class GateFusion(MeanFusion):
             z = self._log_odds(x, *values)
             fused = torch.logaddexp(F.logsigmoid(z) + log_l, F.logsigmoid(-z) + log_g)
             return -fused.sum() / len(pairs) + strength / 2 * sum((v - s).square().sum() for v, s in zip(values, start))
-        _set(self, **dict(zip(("inner", "inner_bias", "outer", "outer_bias"), _minimise(objective, start, 60))))
+        _set(self, **dict(zip(("inner", "inner_bias", "outer", "outer_bias"), _minimise(objective, start, 30))))
         return self
 
     def _log_odds(self, x, inner, inner_bias, outer, outer_bias): return torch.tanh(x @ inner + inner_bias) @ outer + outer_bias
 
     def weight(self, p_local, p_global):
         "Weight of the local stream for each video (N,)"
-        _checked_pair(p_local, p_global)
-        if p_local.shape[1] != self.config["num_classes"]: raise ValueError(f"p_local has {p_local.shape[1]} classes, the fusion {self.config['num_classes']}; fit one for these classes")
+        _checked_pair(p_local, p_global, self.config["num_classes"])
         return self._log_odds(self.evidence(p_local, p_global), *(b.to(p_local) for b in (self.inner, self.inner_bias, self.outer, self.outer_bias))).sigmoid()
 
-# %% ../nbs/11_fusion.ipynb #9b5592e7
-class FeatureFusion(nn.Module):
+# %% ../nbs/11_fusion.ipynb #4d6bd0ed
+def _mix_features(x, cut, project_local, project_global, head, head_bias, gate, gate_bias):
+    "Logits (N, K) and weights (N,) from standardised embeddings side by side (N, D_L + D_G), of which the first `cut` columns are the local stream's"
+    w = torch.sigmoid(x @ gate + gate_bias)
+    mixed = w[:, None] * (x[:, :cut] @ project_local) + (1 - w)[:, None] * (x[:, cut:] @ project_global)
+    return mixed @ head + head_bias, w
+
+# %% ../nbs/11_fusion.ipynb #4fd6748f
+def _damage_embeddings(x, cut, draw):
+    "A third of the videos lose a stream, a third get noise in one, a third stay"
+    which, side, level = torch.rand(3, len(x), 1, generator=draw)
+    mine = (torch.arange(x.shape[1]) < cut) == (side < 0.5)
+    out, noisy = torch.where((which < 1 / 3) & mine, 0.0, x), ((which >= 1 / 3) & (which < 2 / 3))[:, 0]
+    out[noisy] += (mine * 2 * level)[noisy] * torch.randn(int(noisy.sum()), x.shape[1], generator=draw)
+    return out
+
+# %% ../nbs/11_fusion.ipynb #779527d4
+class FeatureFusion(MeanFusion):
     """Fusion of embeddings: h = w P_L e_L + (1 - w) P_G e_G, probabilities softmax(H h + c), w = sigmoid(v [e_L, e_G] + b) (P5; ours).
     Takes the streams' embeddings where the others take probabilities (`inputs`)"""
     inputs = "embeddings"
+    learnt = ("project_local", "project_global", "head", "head_bias", "gate", "gate_bias")
 
     def __init__(self,
         local_dim: int, # D_L, width of the local stream's embedding
@@ -438,27 +444,19 @@ class FeatureFusion(nn.Module):
         super().__init__()
         _count(local_dim=(local_dim, 1), global_dim=(global_dim, 1), num_classes=(num_classes, 2), hidden=(hidden, 1))
         if not isinstance(corruption, bool): raise ValueError(f"corruption must be True or False, not {corruption!r}")
-        self.config = dict(local_dim=local_dim, global_dim=global_dim, num_classes=num_classes, hidden=hidden, corruption=corruption)
-        both = local_dim + global_dim
-        for name, shape in (("centre", (both,)), ("scale", (both,)), ("project_local", (local_dim, hidden)), ("project_global", (global_dim, hidden)),
-                            ("head", (hidden, num_classes)), ("head_bias", (num_classes,)), ("gate", (both,)), ("gate_bias", ())):
-            self.register_buffer(name, torch.ones(shape) if name == "scale" else torch.zeros(shape))
-    @classmethod
-    def from_config(cls, config): return cls(**config)
+        self.config, both = dict(local_dim=local_dim, global_dim=global_dim, num_classes=num_classes, hidden=hidden, corruption=corruption), (local_dim + global_dim,)
+        shapes = zip(self.learnt, ((local_dim, hidden), (global_dim, hidden), (hidden, num_classes), (num_classes,), both, ()))
+        for name, shape in (("centre", both), ("scale", both), *shapes): self.register_buffer(name, torch.ones(shape) if name == "scale" else torch.zeros(shape))
 
     @property
     def fitted_parameters(self): return sum(b.numel() for b in self.buffers())
 
-    def _checked(self, local, global_):
-        for name, e, width in (("e_local", local, self.config["local_dim"]), ("e_global", global_, self.config["global_dim"])):
+    def _joined(self, e_local, e_global):
+        for name, e, width in (("e_local", e_local, self.config["local_dim"]), ("e_global", e_global, self.config["global_dim"])):
             if e.ndim != 2 or e.shape[1] != width: raise ValueError(f"{name} must have shape (N, {width}), not {tuple(e.shape)}; this fusion takes embeddings, not probabilities")
             if not torch.isfinite(e).all(): raise ValueError(f"{name} holds NaN or infinite values; check the stream that made it")
-        if len(local) != len(global_): raise ValueError(f"e_local has {len(local)} videos, e_global {len(global_)}; give the same videos")
-        return (torch.cat([local, global_], 1) - self.centre.to(local)) / self.scale.to(local)
-
-    def _answer(self, x, project_local, project_global, head, head_bias, gate, gate_bias):
-        w, cut = torch.sigmoid(x @ gate + gate_bias)[:, None], self.config["local_dim"]
-        return (w * (x[:, :cut] @ project_local) + (1 - w) * (x[:, cut:] @ project_global)) @ head + head_bias, w[:, 0]
+        if len(e_local) != len(e_global): raise ValueError(f"e_local has {len(e_local)} videos, e_global {len(e_global)}; give the same videos")
+        return torch.cat([e_local, e_global], 1)
 
     @torch.inference_mode(False)
     def fit(self,
@@ -467,54 +465,81 @@ class FeatureFusion(nn.Module):
         labels: torch.Tensor, # (N,)
         sources=None, # not used
         decay: float = 0.01, # weight decay
-        steps: int = 80, # of Adam, each on up to 256 videos
+        steps: int = 40, # of Adam, each on up to 256 videos
         seed: int = 0, # of the start and of the damage
     ):
         "Train projections, gate and head together; returns itself. ValueError on shapes, NaN, labels, no videos"
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}")
         if not decay >= 0: raise ValueError(f"decay must be 0 or more, not {decay}")
-        if len(e_local) == 0: raise ValueError("no videos to fit the fusion on: the gate part is empty")
-        k, cut = self.config["num_classes"], self.config["local_dim"]
-        if labels.shape != e_local.shape[:1] or labels.is_floating_point(): raise ValueError(f"labels must be integers of shape ({len(e_local)},), not {labels.dtype} {tuple(labels.shape)}")
-        if labels.min() < 0 or labels.max() >= k: raise ValueError(f"labels must lie in 0..{k - 1}, found {int(labels.min())}..{int(labels.max())}")
-        _set(self, centre=torch.zeros_like(self.centre), scale=torch.ones_like(self.scale))
-        x = torch.from_numpy(self._checked(*(e.detach().float().to(self.centre.device) for e in (e_local, e_global))).cpu().numpy().copy())
-        y = torch.from_numpy(labels.cpu().long().numpy().copy())
-        centre, scale = x.mean(0), x.std(0, correction=0); scale = torch.where(scale > 1e-6 * (1 + centre.abs()), scale, 1.0)
-        x, draw = (x - centre) / scale, torch.Generator().manual_seed(seed)
-        names = ("project_local", "project_global", "head", "head_bias", "gate", "gate_bias")
-        random = lambda shape: torch.randn(shape, generator=draw) / shape[0] ** 0.5
-        values = [(random if name in names[:3] else torch.zeros)(getattr(self, name).shape).requires_grad_() for name in names]
-        optimizer = torch.optim.AdamW(values, lr=0.02, weight_decay=decay)
+        x, y = self._joined(e_local, e_global), _checked_labels(labels, len(e_local), self.config["num_classes"])
+        x, draw = torch.from_numpy(x.detach().cpu().float().numpy().copy()), torch.Generator().manual_seed(seed)
+        centre, scale = x.mean(0), x.std(0, correction=0)
+        scale = torch.where(scale > 1e-6 * (1 + centre.abs()), scale, 1.0)             # a column that never changes
+        x, cut, shapes = (x - centre) / scale, self.config["local_dim"], [getattr(self, name).shape for name in self.learnt]
+        values = [torch.randn(s, generator=draw) / s[0] ** 0.5 if len(s) == 2 else torch.zeros(s) for s in shapes]
+        optimizer = torch.optim.AdamW([v.requires_grad_() for v in values], lr=0.02, weight_decay=decay, fused=True)
         with torch.enable_grad():
             for _ in range(steps):
                 rows = torch.randperm(len(x), generator=draw)[:256]
-                seen = self._damage(x[rows], draw) if self.config["corruption"] else x[rows]
-                optimizer.zero_grad(); F.cross_entropy(self._answer(seen, *values)[0], y[rows]).backward(); optimizer.step()
-        _set(self, centre=centre, scale=scale, **{name: value.detach() for name, value in zip(names, values)})
+                seen = _damage_embeddings(x[rows], cut, draw) if self.config["corruption"] else x[rows]
+                optimizer.zero_grad(); F.cross_entropy(_mix_features(seen, cut, *values)[0], y[rows]).backward(); optimizer.step()
+        _set(self, centre=centre, scale=scale, **{name: value.detach() for name, value in zip(self.learnt, values)})
         return self
 
-    def _damage(self, x, draw):
-        "A third of the videos lose a stream, a third get noise in one, a third stay"
-        n, cut = len(x), self.config["local_dim"]
-        which, side = torch.rand(n, 1, generator=draw), torch.rand(n, 1, generator=draw) < 0.5
-        mine = (torch.arange(x.shape[1]) < cut) == side
-        noisy = x + mine * 2 * torch.rand(n, 1, generator=draw) * torch.randn(x.shape, generator=draw)
-        return torch.where(which < 1 / 3, x * ~mine, torch.where(which < 2 / 3, noisy, x))
-
-    def _state(self, like): return [b.to(like) for b in (self.project_local, self.project_global, self.head, self.head_bias, self.gate, self.gate_bias)]
+    def _answer(self, e_local, e_global):
+        x = self._joined(e_local, e_global)
+        return _mix_features((x - self.centre.to(x)) / self.scale.to(x), self.config["local_dim"], *(getattr(self, name).to(x) for name in self.learnt))
 
     def weight(self, e_local, e_global):
         "Weight of the local stream's projection for each video (N,)"
-        x = self._checked(e_local, e_global)
-        return self._answer(x, *self._state(x))[1]
+        return self._answer(e_local, e_global)[1]
 
     def forward(self, e_local, e_global):
         "Fused probabilities (N, K). ValueError on shapes or NaN"
-        x = self._checked(e_local, e_global)
-        return self._answer(x, *self._state(x))[0].softmax(1)
+        return self._answer(e_local, e_global)[0].softmax(1)
 
-# %% ../nbs/11_fusion.ipynb #ad0c8e34
+# %% ../nbs/11_fusion.ipynb #84c86d76
+def cross_fit(
+    make, # without arguments, gives a fusion that is not fitted
+    first: torch.Tensor, # (N, K) local probabilities, or (N, D_L) embeddings: what the fusion takes
+    second: torch.Tensor, # (N, K) or (N, D_G) of the global stream
+    labels: torch.Tensor, # (N,)
+    sources, # N names; a source is never cut
+    folds: int = 5, # at least 2; fewer are used where there are fewer sources
+    seed: int = 0, # of the dealing into folds
+) -> torch.Tensor: # (N, K) fused probabilities
+    "Each video's answer by a fusion fitted on the other folds of sources. ValueError on one source only, or as the fusion's `fit`"
+    if not len(first) == len(second) == len(labels): raise ValueError(f"{len(first)} and {len(second)} answers for {len(labels)} labels; give the same videos")
+    names = np.asarray(sources, dtype=str)
+    fold = source_folds(labels, names, min(folds, max(2, len(set(names.tolist())))), seed).to(first.device)
+    parts, rows = [], []
+    for f in fold.unique():
+        held, seen = (fold == f).nonzero()[:, 0], (fold != f).nonzero()[:, 0]
+        fusion = make().fit(first[seen], second[seen], labels[seen.to(labels.device)], sources=names[seen.cpu().numpy()].tolist())
+        parts.append(fusion(first[held], second[held])); rows.append(held)
+    return torch.cat(parts)[torch.cat(rows).argsort()]
+
+# %% ../nbs/11_fusion.ipynb #9acf9c4b
+def fit_all(
+    p_local: torch.Tensor, # (N, K) calibrated probabilities on `gate`
+    p_global: torch.Tensor, # (N, K)
+    labels: torch.Tensor, # (N,)
+    sources, # N names
+    share_logit: torch.Tensor, # (K,) `DominanceMap.logit_share`, for the adaptive fusion
+    embeddings: tuple = None, # (N, D_L) and (N, D_G) float32; with them the features are fused too
+    folds: int = 5, # of the cross-fitting
+    seed: int = 0, # of the dealing into folds
+) -> tuple: # {name: fitted fusion}, {name: (N, K) cross-fitted probabilities}
+    "All fusions fitted on the gate part, and their answers to videos they were not fitted on. ValueError as `cross_fit`"
+    k, pair = p_local.shape[1], (p_local, p_global)
+    makes = {"average": MeanFusion, "scalar": ScalarFusion, "class": lambda: ClassFusion(k), "entropy": EntropyFusion, "stacking": lambda: StackingFusion(k),
+             "gate": lambda: GateFusion(k), "adaptive": lambda: AdaptiveFusion(share_logit)}
+    if embeddings is not None: makes["features"] = lambda: FeatureFusion(*(e.shape[1] for e in embeddings), k)
+    inputs = {name: embeddings if name == "features" else pair for name in makes}
+    return ({name: make().fit(*inputs[name], labels, sources=sources) for name, make in makes.items()},
+            {name: cross_fit(make, *inputs[name], labels, sources, folds, seed) for name, make in makes.items()})
+
+# %% ../nbs/11_fusion.ipynb #f06dcb2d
 def ambiguity(
     log_p_local: torch.Tensor, # (N, K) log-probabilities
     log_p_global: torch.Tensor, # (N, K)
@@ -528,7 +553,20 @@ def ambiguity(
     at = lambda z: -z.gather(1, labels[:, None])[:, 0]
     return at(mixed.log_softmax(1)), weight * at(log_p_local) + (1 - weight) * at(log_p_global), -mixed.logsumexp(1)
 
-# %% ../nbs/11_fusion.ipynb #8edd216a
+# %% ../nbs/11_fusion.ipynb #babe9169
+def may_stop(
+    p_first: torch.Tensor, # (N, K) calibrated probabilities of the cheaper stream
+    threshold: float, # least confidence max_k p_first; above 1 never stops
+    share: torch.Tensor = None, # (K,) share of the *first* stream by class; None: only "sure" is asked
+    least_share: float = 0.5, # expected share from which the first stream counts as dominant
+) -> torch.Tensor: # (N,) bool
+    "Videos that the first stream answers alone: it is sure, and by the map dominant (ours). ValueError on a share that is none"
+    sure = p_first.max(1).values.double() >= threshold
+    if share is None: return sure
+    if share.shape != p_first.shape[1:] or not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"share must be ({p_first.shape[1]},) numbers in 0..1, not {tuple(share.shape)}; for the global stream pass 1 - map.share")
+    return sure & (p_first @ share.to(p_first) >= least_share)
+
+# %% ../nbs/11_fusion.ipynb #83d136ea
 @dataclass(eq=False)
 class ExitCurve:
     "What each threshold costs and gives; fields of length M, the thresholds rising"
@@ -551,10 +589,10 @@ def early_exit(
     labels: torch.Tensor, # (N,)
     costs: tuple, # GFLOPs of a video: (first stream, other stream)
     thresholds=None, # of the confidence max_k p_first; default: the levels that occur, thinned to 50
-    share: torch.Tensor = None, # (K,) share of the *first* stream by class; None: only "sure" is asked
-    least_share: float = 0.5, # expected share from which the first stream counts as dominant
+    share: torch.Tensor = None, # as in `may_stop`
+    least_share: float = 0.5, # as in `may_stop`
 ) -> ExitCurve:
-    "Stop after the first stream where it is sure (confidence >= threshold) and dominant (expected share >= least_share) (ours). ValueError"
+    "Accuracy and cost of stopping after the first stream where `may_stop` allows it (ours). ValueError"
     _ready(p_first, p_fused, labels)
     if len(costs) != 2 or not all(math.isfinite(c) and c > 0 for c in costs): raise ValueError(f"costs must be two positive numbers in GFLOPs (first, other stream), not {costs!r}")
     confidence, right = p_first.max(1).values.cpu().double(), [(p.argmax(1) == labels).cpu().double() for p in (p_first, p_fused)]
@@ -562,15 +600,11 @@ def early_exit(
     t = torch.as_tensor(thresholds, dtype=torch.float64).flatten()
     if not torch.isfinite(t).all() or (t < 0).any(): raise ValueError(f"thresholds must be finite and >= 0, found {t.tolist()[:5]}; a threshold above 1 never stops")
     t = torch.cat([t, torch.tensor([2.0], dtype=torch.float64)]).unique()        # 2: never stop, both streams always
-    dominant = torch.ones(len(labels), dtype=torch.bool)
-    if share is not None:
-        if share.shape != p_first.shape[1:] or not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"share must be ({p_first.shape[1]},) numbers in 0..1, not {tuple(share.shape)}; for the global stream pass 1 - map.share")
-        dominant = (p_first @ share.to(p_first) >= least_share).cpu()
-    stop = ((confidence[None] >= t[:, None]) & dominant).double()                  # (M, N)
+    stop = ((confidence[None] >= t[:, None]) & may_stop(p_first, 0.0, share, least_share).cpu()).double()       # (M, N)
     stopped = stop.mean(1)
     return ExitCurve(t, (stop * right[0] + (1 - stop) * right[1]).mean(1), costs[0] + costs[1] * (1 - stopped), stopped)
 
-# %% ../nbs/11_fusion.ipynb #a6ad9d1b
+# %% ../nbs/11_fusion.ipynb #019998af
 FUSIONS = {kind.__name__: kind for kind in (MeanFusion, ScalarFusion, AdaptiveFusion, ClassFusion, EntropyFusion, StackingFusion, GateFusion, FeatureFusion)}
 
 def build_fusion(

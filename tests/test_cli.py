@@ -131,3 +131,36 @@ def test_features_of_a_generated_set_are_stored_and_continued(tmp_path, monkeypa
     assert len(store) == 8
     capsys.readouterr()
     assert cli.main([*words[:4], "--backbone", "hand_cn"]) == 2 and "hand_cnn" in capsys.readouterr().err
+
+
+def predictions(path, seed, **more):
+    rng, labels = np.random.default_rng(seed), np.arange(90) % 3
+    np.savez(path, ids=np.arange(90), labels=labels, logits=2 * np.eye(3)[labels] + rng.normal(size=(90, 3)), **more)
+    return str(path)
+
+
+def test_analyse_two_files(tmp_path, capsys):
+    import json
+    a, b = predictions(tmp_path / "a.npz", 0), predictions(tmp_path / "b.npz", 1)
+    assert cli.main(["analyse", a, b, "--name-a", "resnet", "--folds", "3", "--cost-a", "1.5", "--cost-b", "8", "--seed", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "analysing: 540 of 540 videos" in out and "resnet is right on" in out and "GFLOPs" in out and out.splitlines()[-1] == f"report: {Path('analysis/report.html')}"
+    record = json.loads(Path("analysis/result.json").read_text())
+    assert (record["names"], record["folds"], record["seed"], record["early_exit"]["gflops"]) == (["resnet", "b"], 3, 2, [1.5, 8.0]) and Path("analysis/videos.csv").is_file()
+
+
+@pytest.mark.parametrize("more, status, said", [
+    (["--cost-a", "1"], 2, "go together"), (["--folds", "1"], 2, "at least 2"), (["--name-b", "a"], 2, "both models are named 'a'"), (["--most", "5"], 2, "at least 100"), (["--cost-a", "1", "--cost-b", "nan"], 2, "above 0"),
+])
+def test_analyse_says_what_is_wrong(tmp_path, capsys, more, status, said):
+    a, b = predictions(tmp_path / "a.npz", 0), predictions(tmp_path / "b.npz", 1)
+    assert cli.main(["analyse", a, b, *more]) == status
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not Path("analysis").exists()
+
+
+def test_analyse_names_the_bad_file(tmp_path, capsys):
+    a = predictions(tmp_path / "a.npz", 0)
+    (tmp_path / "cut.npz").write_bytes(Path(a).read_bytes()[:500])
+    for second, status, said in (("cut.npz", 2, "cut.npz: not a whole .npz"), ("gone.npz", 1, "gone.npz")):
+        assert cli.main(["analyse", a, str(tmp_path / second)]) == status and said in capsys.readouterr().err

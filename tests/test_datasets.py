@@ -472,6 +472,29 @@ def test_names_that_tell_a_direction(name, marked):
     assert names_direction(name) is marked
 
 
+# ---- records
+
+def test_a_path_may_be_given_as_text_and_is_a_path(k400):
+    import copy, pickle
+    from dataclasses import FrozenInstanceError, replace
+    text, path = Record("a", "x/y.avi", 0, "s"), Record("a", Path("x/y.avi"), 0, "s")
+    assert text == path and hash(text) == hash(path) and repr(text) == repr(path) and isinstance(text.path, Path)
+    assert pickle.loads(pickle.dumps(Record("a", "x/y.avi", 0, "s"))) == copy.deepcopy(text) == path and replace(text, path="z").path == Path("z")
+    with pytest.raises(FrozenInstanceError): text.path = Path("other")
+    with pytest.raises(TypeError, match="path"): Record("a", label=0, source="s")
+    assert all(isinstance(r.path, Path) and r.path.is_file() for r in load("kinetics400", k400).records)
+
+
+@pytest.mark.parametrize("root", [".", "./", "../here", "x/.."])
+def test_unreadable_files_are_known_however_the_root_is_written(k400, monkeypatch, root):
+    here = k400.parent / "here"; k400.rename(here); (here / "x").mkdir()
+    monkeypatch.chdir(here)
+    first = load("kinetics400", root).records[0]
+    (here / "unreadable.csv").write_text(f"path,reason\n{first.path.resolve().relative_to(here.resolve()).as_posix()},broken\n")
+    again = load("kinetics400", root)
+    assert again.unreadable == {first.id: "broken"} and first.id not in {r.id for r in again.records}
+
+
 # ---- many videos
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mbd.dominance import DominanceMap, class_share, fit_temperature, groups, measure, share, share_interval, simulate_streams
+from mbd.dominance import DominanceMap, class_share, cross_calibrate, fit_temperature, groups, measure, share, share_interval, simulate_streams, source_folds
 
 
 def calibrated(sim):
@@ -175,6 +175,72 @@ def test_same_seed_same_map_and_shuffling_the_videos_changes_no_share(sim, domin
     order = torch.randperm(320, generator=torch.Generator().manual_seed(0))
     shuffled = measure(l[order], g[order], sim.labels[order], [sim.sources[i] for i in order], sim.classes)
     assert torch.allclose(shuffled.share, dominance.share) and torch.allclose(shuffled.low, dominance.low, atol=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+def test_intervals_hold_planted_shares_where_sources_are_few_and_of_unequal_size(spread):
+    draw, held = torch.Generator().manual_seed(5), []
+    number = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))
+    for t in range(40):
+        centre, s, y, names = spread * torch.randn(8, generator=draw), [], [], []
+        true = (centre[:, None] + 0.89 ** 0.5 * torch.randn(8, 5000, generator=draw)).sigmoid().mean(1)
+        for c in range(8):
+            for g in range(number(3, 9)):
+                n = number(1, 9)
+                s.append((centre[c] + 0.5 * torch.randn(1, generator=draw) + 0.8 * torch.randn(n, generator=draw)).sigmoid()); y += [c] * n; names += [f"{c} {g}"] * n
+        low, high, _ = share_interval(torch.cat(s), torch.ones(len(y)), torch.tensor(y), names, 8, resamples=200, seed=t)
+        held.append((low <= true) & (true <= high))
+    assert 0.9 < torch.stack(held).double().mean() < 0.99
+
+
+def test_the_far_end_of_an_interval_goes_where_the_class_s_own_videos_say_and_the_near_end_does_not():
+    y, names = torch.arange(2).repeat_interleave(20), [str(i) for i in range(40)]
+    s = torch.cat([torch.linspace(0.85, 0.95, 20), torch.linspace(0.05, 0.15, 20)])
+    centre, _, reference = class_share(s, torch.ones(40), y, 2)
+    low, high, _ = share_interval(s, torch.ones(40), y, names, 2)
+    assert centre[0] < 0.84 and high[0] > 0.9 > 0.84 > low[0] > reference            # shrunk to 0.83, measured 0.9
+    assert (high[0] - centre[0]).item() == pytest.approx((centre[0] - low[0]).item() + 0.9 - centre[0].item(), abs=5e-3)
+    assert torch.allclose(low[1], 1 - high[0], atol=5e-3) and torch.allclose(high[1], 1 - low[0], atol=5e-3)
+
+
+def test_a_source_that_carries_most_of_a_class_does_not_make_it_look_sure():
+    "Nine videos of one source, one of another: their mean lies near the first because it is the first, not because the first is typical."
+    y, names = torch.tensor([0] * 10 + [1] * 10), ["a"] * 9 + [str(i) for i in range(11)]
+    low, high, _ = share_interval(torch.tensor([0.7] * 9 + [0.3] + [0.5] * 10), torch.ones(20), y, names, 2, prior=1e-9, min_sources=2)
+    assert high[0] > 0.66 + 0.2 and low[0] < 0.66 - 0.2
+
+
+# ---- folds and cross-fitting
+
+def test_folds_cut_no_source_and_give_each_its_portion_of_each_class(sim):
+    fold = source_folds(sim.labels, sim.sources, 5)
+    assert fold.dtype == torch.int64 and sorted(fold.unique().tolist()) == list(range(5))
+    assert all(len({f for f, s in zip(fold.tolist(), sim.sources) if s == name}) == 1 for name in set(sim.sources))
+    assert (torch.stack([torch.bincount(sim.labels[fold == f], minlength=8) for f in range(5)]) == 8).all()
+    assert torch.equal(fold, source_folds(sim.labels, sim.sources, 5)) and not torch.equal(fold, source_folds(sim.labels, sim.sources, 5, seed=1))
+
+
+def test_folds_are_refused_where_there_are_none(sim):
+    with pytest.raises(ValueError, match="40 sources cannot be dealt into 41"): source_folds(sim.labels, sim.sources, 41)
+    for folds in (1, 2.0, True):
+        with pytest.raises(ValueError, match="folds must be"): source_folds(sim.labels, sim.sources, folds)
+    with pytest.raises(ValueError, match="319 sources"): source_folds(sim.labels, sim.sources[1:])
+
+
+def test_a_fold_is_calibrated_by_the_others_and_never_by_itself(sim):
+    fold = source_folds(sim.labels, sim.sources, 4)
+    z, mine = cross_calibrate(sim.local, sim.labels, fold), fold == 2
+    T = fit_temperature(sim.local[~mine], sim.labels[~mine])
+    assert torch.allclose(z[mine], sim.local[mine].double() / T) and z.dtype == torch.float64
+    other = torch.where(mine, (sim.labels + 1) % 8, sim.labels)                      # wrong labels in the fold ...
+    changed = cross_calibrate(sim.local, other, fold)
+    assert torch.equal(changed[mine], z[mine]) and not torch.allclose(changed[~mine], z[~mine])   # ... change the other folds only
+    assert torch.equal(sim.local, simulate_streams().local)                          # the input is left alone
+
+
+def test_cross_fitting_needs_two_folds_of_the_same_videos(sim):
+    with pytest.raises(ValueError, match="one fold"): cross_calibrate(sim.local, sim.labels, torch.zeros(320))
+    with pytest.raises(ValueError, match="fold must have shape"): cross_calibrate(sim.local, sim.labels, torch.arange(319))
 
 
 def test_groups_need_the_interval_to_exclude_the_reference():

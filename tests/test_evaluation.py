@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mbd import evaluation as ev
+from mbd.dominance import simulate_streams
+from mbd.fusion import MeanFusion, cross_fit, fit_all
 
 
 def probabilities(seed=0, n=60, k=7):
@@ -137,6 +139,23 @@ def test_baseline_is_the_most_accurate_then_the_better_calibrated():
         ev.choose_baseline({}, y)
 
 
+class Heart(MeanFusion):
+    "Knows by heart what it was fitted on, and nothing else"
+    def fit(self, p_local, p_global, labels, sources=None):
+        self.known = {tuple(row): y for row, y in zip(p_local.tolist(), torch.eye(p_local.shape[1])[labels])}
+        return self
+    def forward(self, p_local, p_global):
+        return torch.stack([self.known.get(tuple(row), torch.full_like(p_local[0], 1 / p_local.shape[1])) for row in p_local.tolist()])
+
+
+def test_a_baseline_that_overfits_is_chosen_by_its_own_videos_and_not_by_cross_fitted_answers():
+    s = simulate_streams(sources=3, noise=(1, 1))
+    pair = s.local.softmax(1), s.global_.softmax(1)
+    makes = {"average": MeanFusion, "heart": Heart}
+    assert ev.choose_baseline({n: make().fit(*pair, s.labels)(*pair) for n, make in makes.items()}, s.labels) == "heart"
+    assert ev.choose_baseline({n: cross_fit(make, *pair, s.labels, s.sources) for n, make in makes.items()}, s.labels) == "average"
+
+
 def test_confusion_counts_rows_by_true_class():
     p = torch.tensor([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.1, 0.2, 0.7]])
     assert ev.confusion(p, torch.tensor([0, 0, 2])).tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
@@ -218,6 +237,18 @@ def test_evaluate_gives_the_blocks_of_the_record():
     assert r["top1"]["oracle"] == pytest.approx(1 - r["agreement"]["neither"])
     assert r["by_group"]["local"]["top1"]["local"] > 0.9 > r["by_group"]["local"]["top1"]["global"]
     assert r["by_length"]["32-32"]["top1"] == pytest.approx(r["top1"])
+
+
+def test_evaluate_takes_every_fusion_as_a_baseline():
+    s, test = simulate_streams(sources=3, seed=1), simulate_streams(sources=4, seed=2)
+    pair, features = (lambda t: (t.local.softmax(1), t.global_.softmax(1))), lambda t: (t.local, t.global_)
+    fusions, held_out = fit_all(*pair(s), s.labels, s.sources, torch.linspace(1, -1, 8), features(s), folds=2)
+    fused = {n: f(*(features if n == "features" else pair)(test)) for n, f in fusions.items()}
+    for best in [ev.choose_baseline({n: p for n, p in held_out.items() if n != "adaptive"}, s.labels), "features", "stacking", "class", "global"]:
+        r = ev.evaluate(test.local, test.global_, test.labels, test.sources, fused, best, resamples=50)
+        assert set(r["baselines"]) == set(fusions) - {"adaptive"}
+        assert r["best_baseline"] == best and r["top1"]["best_baseline"] == pytest.approx(r["baselines"].get(best, r["top1"]["global"]))
+        assert r["baselines"]["gate"] == pytest.approx(ev.top_k_correct(fused["gate"], test.labels).mean())
 
 
 def test_evaluate_without_groups_and_with_few_classes():

@@ -95,6 +95,31 @@ def test_every_preset_gives_every_open_value_a_possible_one(tmp_path):
             assert None not in vars(chosen).values()
 
 
+# ---- how a run teaches
+
+def test_every_field_of_the_distillation_is_a_parameter_of_a_run_but_for_the_two_weights_inside_the_decoupled_loss(tmp_path):
+    from dataclasses import fields
+    from mbd.distillation import Distillation
+    named = {p.name.removeprefix("teach_") for p in ex.TEACHING}
+    assert {f.name for f in fields(Distillation)} - named == {"target_weight", "other_weight"} and named <= {f.name for f in fields(Distillation)}
+    for e in ("ucf101", "features"):
+        chosen, _ = ex.resolve(ex.check_parameters({"preset": "smoke"}, e), e, settings(tmp_path), gpu=False)
+        assert ex.teaching(chosen) == Distillation()
+        given = {"preset": "smoke", "arm": "both", "final": "decoupled", "intermediate": "logit", "teacher": "averaged", "teacher_decay": 0.99, "only_right_teacher": False, "student_below": 0.6, "teach_warm_up": 0.1, "teach_fade": 0.3}
+        chosen, _ = ex.resolve(ex.check_parameters(given, e), e, settings(tmp_path), gpu=False)
+        assert ex.teaching(chosen) == Distillation("both", final="decoupled", intermediate="logit", teacher="averaged", teacher_decay=0.99, only_right_teacher=False, student_below=0.6, warm_up=0.1, fade=0.3)
+
+
+@pytest.mark.parametrize("given, words", [({"teach_warm_up": 0.7, "teach_fade": 0.6}, "more than the whole stage"), ({"batch_size": 2}, "batch_size = 2.*intermediate = logit")])
+def test_values_that_do_not_go_together_are_refused_before_training(tmp_path, given, words):
+    chosen, _ = ex.resolve(ex.check_parameters({"preset": "smoke", **given}, "ucf101"), "ucf101", settings(tmp_path), gpu=False)
+    with pytest.raises(ex.ParameterError, match=words): ex.teaching(chosen)
+
+
+def test_stored_vectors_have_no_cells_to_compare():
+    with pytest.raises(ex.ParameterError, match="intermediate = 'hint' is not one of relation | logit"): ex.check_parameters({"intermediate": "hint"}, "features")
+
+
 # ---- auto
 
 COMPLETE = ex.Experiment("ucf101", "ucf101", presets={**ex.PRESETS, "full": ex.PRESETS["mini"]})

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from mbd.dominance import fit_temperature, measure, simulate_streams
 from mbd.fusion import (FUSIONS, AdaptiveFusion, ClassFusion, EntropyFusion, FeatureFusion, GateFusion, MeanFusion, ScalarFusion, StackingFusion,
-                        _folds, ambiguity, build_fusion, corrupt, early_exit, fuse)
+                        ambiguity, build_fusion, corrupt, cross_fit, early_exit, fit_all, fuse, may_stop)
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +269,7 @@ def test_entropy_weight_is_the_usual_rule_before_a_fit():
     assert torch.allclose(EntropyFusion().weight(p, q), (-h[0]).exp() / ((-h[0]).exp() + (-h[1]).exp()), atol=1e-6)
 
 
-def test_stacking_folds_keep_sources_together_and_the_pull_falls_with_data():
-    owner = torch.arange(60) // 4
-    fold = _folds(owner)
-    assert fold.bincount().tolist() == [20, 20, 20] and all(len(fold[owner == s].unique()) == 1 for s in range(15))
+def test_stacking_learns_where_there_is_something_to_learn_and_the_pull_falls_with_data():
     few, many = table(20, 5, lift=1), table(1000, 5, lift=1)
     turned = lambda t: (t[0].roll(1, 1), t[1].roll(1, 1), t[2])                                   # answers name the wrong class, always
     fusion = StackingFusion(5).fit(*turned(many))
@@ -283,14 +280,23 @@ def test_stacking_folds_keep_sources_together_and_the_pull_falls_with_data():
     assert one.strength == float("inf") and is_sound(one, *few[:2]) is not None
 
 
+def test_stacking_chooses_its_pull_by_sources():
+    y = torch.randint(0, 4, (20,), generator=torch.Generator().manual_seed(0)).repeat_interleave(10)     # ten copies of each of twenty videos
+    p, q, _ = (t.repeat_interleave(10, 0) for t in table(20, 4, lift=0.3, labels=y[::10]))
+    by_video, by_source = StackingFusion(4).fit(p, q, y), StackingFusion(4).fit(p, q, y, sources=[f"s{i // 10}" for i in range(200)])
+    assert by_video.strength < by_source.strength                     # copies in both halves make every weak pull look good
+
+
 def test_damage(data):
     p = data[1][0]
     assert torch.allclose(corrupt(p, "noise", 0.0), p, atol=1e-4) and torch.equal(corrupt(p, "swap", 0.0), p)
     assert torch.allclose(corrupt(p, "drop", 1.0), torch.full_like(p, 1 / 8))
     swapped = corrupt(p, "swap", 1.0)
     assert torch.allclose(swapped.sum(0), p.sum(0), atol=1e-3) and not torch.equal(swapped, p)
+    stuck = corrupt(p, "stuck", 1.0)
+    assert torch.allclose(stuck, stuck[:1].expand_as(stuck)) and (p - stuck[0]).abs().sum(1).min() < 1e-5
     assert torch.equal(corrupt(p, "noise", 1.0, seed=3), corrupt(p, "noise", 1.0, seed=3)) and not torch.equal(corrupt(p, "noise", 1.0, seed=3), corrupt(p, "noise", 1.0, seed=4))
-    with pytest.raises(ValueError, match="'fog'.*noise, drop, swap"): corrupt(p, "fog", 1)
+    with pytest.raises(ValueError, match="'fog'.*noise, drop, swap, stuck"): corrupt(p, "fog", 1)
     with pytest.raises(ValueError, match="swap takes 0..1"): corrupt(p, "swap", 2)
 
 
@@ -320,6 +326,89 @@ def test_features_learn_and_survive_the_loss_of_a_stream():
     with pytest.raises(ValueError, match="empty"): fusion.fit(e[0][:0], e[1][:0], y[:0])
 
 
+# ---- cross-fitting
+class Spy(MeanFusion):
+    met = []
+    def fit(self, p_local, p_global, labels, sources=None):
+        self.seen = set(sources)
+        assert len(sources) == len(labels) == len(p_local) == len(p_global)
+        return self
+    def forward(self, p_local, p_global):
+        Spy.met.append((self.seen, p_local[:, 0]))
+        return super().forward(p_local, p_global)
+
+
+def spied(sources, **options):
+    Spy.met.clear()
+    n = len(sources)
+    first = torch.stack([torch.arange(n) / n, 1 - torch.arange(n) / n], 1)                  # the first column is the video's number
+    out = cross_fit(Spy, first, first, torch.arange(n) % 2, sources, **options)
+    assert torch.equal(out, first)                                                          # every video answered, in its place
+    return [(seen, {sources[round(v * n)] for v in column.tolist()}) for seen, column in Spy.met]
+
+
+def test_no_video_is_answered_by_a_fusion_that_has_seen_its_source():
+    sources = [f"s{i % 13}" for i in range(60)]
+    asked = spied(sources)
+    assert len(asked) == 5 and all(not seen & held and seen | held == set(sources) for seen, held in asked)
+
+
+@pytest.mark.parametrize("number, folds", [(2, 2), (3, 3), (5, 5), (9, 5)])
+def test_few_sources_make_fewer_folds(number, folds):
+    assert len(spied([f"s{i % number}" for i in range(40)])) == folds
+
+
+def test_cross_fit_names_what_is_wrong():
+    p, q, y = table(12, 3)
+    with pytest.raises(ValueError, match="1 sources cannot be dealt into 2"): cross_fit(ScalarFusion, p, q, y, ["s"] * 12)
+    with pytest.raises(ValueError, match="folds must be a whole number of at least 2, not 1"): cross_fit(ScalarFusion, p, q, y, list("abcdefabcdef"), folds=1)
+    with pytest.raises(ValueError, match="12 and 12 answers for 11 labels"): cross_fit(ScalarFusion, p, q, y[:11], list("abcdefabcde"))
+    with pytest.raises(ValueError, match="11 sources for labels"): cross_fit(ScalarFusion, p, q, y, list("abcdefabcde"))
+
+
+@pytest.mark.parametrize("kind", ["ScalarFusion", "ClassFusion", "EntropyFusion", "StackingFusion", "AdaptiveFusion"])
+def test_the_order_of_videos_does_not_matter(kind):
+    p, q, y = table(60, 4)
+    sources, order = [f"s{i // 4}" for i in range(60)], torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    one = cross_fit(lambda: make(kind, 4), p, q, y, sources)
+    other = cross_fit(lambda: make(kind, 4), p[order], q[order], y[order], [sources[i] for i in order.tolist()])
+    assert torch.allclose(one[order], other, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    p, q, y = table(120, 4, lift=1.5)
+    embeddings = tuple(torch.randn(120, 60, generator=torch.Generator().manual_seed(s)) for s in (1, 2))      # they know nothing, and are many
+    given = p, q, y, [f"s{i // 4}" for i in range(120)], torch.linspace(-1, 1, 4), embeddings
+    return given, fit_all(*given)
+
+
+def test_fit_all_gives_every_fusion_fitted_and_cross_fitted(everything):
+    (p, q, y, sources, shares, embeddings), (fusions, held_out) = everything
+    names = ["average", "scalar", "class", "entropy", "stacking", "gate", "adaptive", "features"]
+    assert list(fusions) == list(held_out) == names and {type(f) for f in fusions.values()} == set(FUSIONS.values())
+    for name in names:
+        assert held_out[name].shape == (120, 4) and torch.allclose(held_out[name].sum(1), torch.ones(120), atol=1e-4)
+    assert torch.equal(held_out["average"], (p + q) / 2) and torch.equal(fusions["adaptive"].logit_share, shares)
+    assert torch.allclose(fusions["scalar"](p, q), ScalarFusion().fit(p, q, y)(p, q)) and torch.equal(held_out["scalar"], cross_fit(ScalarFusion, p, q, y, sources))
+    assert not torch.allclose(held_out["class"], fusions["class"](p, q), atol=1e-3)
+    assert "features" not in fit_all(p[:40], q[:40], y[:40], sources[:40], shares, folds=2)[0]
+
+
+def test_a_fusion_that_overfits_is_found_out_by_its_cross_fitted_answers(everything):
+    (p, q, y, _, _, embeddings), (fusions, held_out) = everything
+    right = lambda answer: (answer.argmax(1) == y).float().mean().item()
+    assert right(fusions["features"](*embeddings)) > right(held_out["average"]) > 0.5 > right(held_out["features"]) + 0.1
+
+
+def test_the_same_seed_gives_the_same_answers(everything):
+    (p, q, y, sources, shares, embeddings), _ = everything
+    small = lambda seed: fit_all(p[:48], q[:48], y[:48], sources[:48], shares, tuple(e[:48] for e in embeddings), folds=2, seed=seed)[1]
+    one, again, other = small(3), small(3), small(4)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)                         # other folds
+
+
 # ---- ambiguity, early exit
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
 def test_the_ambiguity_identity_is_exact(weight):
@@ -342,8 +431,17 @@ def test_early_exit_by_hand():
     assert curve.thresholds.tolist() == pytest.approx([0, 0.7, 0.85, 2]) and curve.stopped.tolist() == [1, 0.5, 0.25, 0]
     assert curve.gflops.tolist() == [1, 2.5, 3.25, 4] and curve.accuracy.tolist() == [0.5, 1, 0.75, 0.75]
     assert curve.choose() == pytest.approx(0.7) and curve.choose(0.25) == 0
+    assert curve.stopped.tolist() == [may_stop(first, t).double().mean().item() for t in curve.thresholds.tolist()]
     leaning = early_exit(first, both, y, (1.0, 3.0), [0.0], share=torch.tensor([0.9, 0.1]))        # dominant on class 0 only
     assert leaning.stopped.tolist() == [0.5, 0]
+
+
+def test_a_stream_may_stop_where_it_is_sure_and_dominant():
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9]])
+    assert may_stop(p, 0.89).tolist() == [True, False, True] and may_stop(p, 0.0).all() and not may_stop(p, 1.01).any()
+    assert may_stop(p, 0.5, torch.tensor([0.9, 0.2])).tolist() == [True, True, False]
+    assert may_stop(p, 0.5, torch.tensor([0.9, 0.2]), least_share=0.7).tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="1 - map.share"): may_stop(p, 0.5, torch.tensor([1.5, 0.0]))
 
 
 @pytest.mark.parametrize("change, message", [

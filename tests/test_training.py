@@ -181,20 +181,85 @@ def test_balanced_classes_are_not_taught():
     assert max(distance(taught, plain, stream) for stream in ("local", "global_")) < 1e-4
 
 
+def schools(monkeypatch):
+    "What `train` sets up to teach, as it is set up."
+    kept, inner = [], training._Teaching
+    monkeypatch.setattr(training, "_Teaching", lambda *given: kept.append(inner(*given)) or kept[-1])
+    return kept
+
+
 def test_teachers_stay_as_they_were_and_get_no_gradient(monkeypatch):
-    kept, inner = [], training._teachers
-    def spy(model):
-        kept.append(inner(model))
-        kept.append([weights(t) for t, _ in kept[0].values()])
-        return kept[0]
-    monkeypatch.setattr(training, "_teachers", spy)
-    start = make()
+    kept, start = schools(monkeypatch), make()
     model, _ = trained(Training(epochs=2, batch_size=8), TEACH)
-    teachers, before = kept
-    for (teacher, _), then, begun, student in zip(teachers.values(), before, (start.local, start.global_), (model.local, model.global_)):
-        assert equal(weights(teacher), then) and equal(then, weights(begun)) and not teacher.training
+    for teacher, begun, student in zip(kept[0].teachers.values(), (start.local, start.global_), (model.local, model.global_)):
+        assert equal(weights(teacher.copy), weights(begun)) and not teacher.copy.training
         assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-        assert not equal(then, weights(student)) and all(p.requires_grad for p in student.parameters())
+        assert not equal(weights(teacher.copy), weights(student)) and all(p.requires_grad for p in student.parameters())
+
+
+def test_averaged_teachers_follow_their_streams(monkeypatch):
+    kept, start = schools(monkeypatch), make()
+    model, _ = trained(Training(epochs=1, batch_size=24), replace(TEACH, teacher="averaged", teacher_decay=.75))      # one step
+    for teacher, begun, student in zip(kept[0].teachers.values(), (start.local, start.global_), (model.local, model.global_)):
+        for name, value in weights(teacher.copy).items():
+            if value.is_floating_point(): assert torch.allclose(value, .75 * weights(begun)[name] + .25 * weights(student)[name], atol=1e-6)
+
+
+def test_live_teachers_are_no_copies_and_teach_otherwise(monkeypatch):
+    kept = schools(monkeypatch)
+    live, rows = trained(distillation=replace(TEACH, teacher="live"))
+    assert all(t.copy is None for t in kept[0].teachers.values()) and rows[-1]["final_to_global"] > 0
+    assert not equal(weights(live), weights(trained(distillation=TEACH)[0]))
+
+
+@pytest.mark.parametrize("intermediate", ["relation", "logit", "hint", "attention"])
+def test_every_intermediate_loss_teaches_and_only_projections_are_added(intermediate, monkeypatch):
+    kept, off = schools(monkeypatch), trained(distillation=replace(TEACH, intermediate_weight=0.))[0]
+    model, rows = trained(Training(epochs=2, batch_size=8), replace(TEACH, intermediate=intermediate, intermediate_weight=2.))
+    assert rows[-1]["intermediate_to_local"] > 0 and not equal(weights(model), weights(off))
+    layers = dict(kept[1].layers.named_parameters())
+    assert bool(layers) == (intermediate in ("logit", "hint"))
+    untrained = dict(training.Projections(intermediate, *(getattr(model, n)(data()[0][n][None]) for n in ("local", "global_")), seed=0).named_parameters())
+    assert all(not torch.equal(value, untrained[name]) for name, value in layers.items() if "weight" in name)      # they learn
+
+
+def test_projections_clip_their_gradients_apart(monkeypatch):
+    seen, inner = [], torch.nn.utils.clip_grad_norm_
+    def spy(parameters, norm):
+        parameters = list(parameters)
+        total = inner(parameters, norm)
+        seen.append((len(parameters), torch.stack([p.grad.norm() for p in parameters]).norm().item()))
+        return total
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    model, _ = trained(Training(epochs=1, batch_size=24, clip_norm=.01), replace(TEACH, arm="both", intermediate="hint", intermediate_weight=50.))
+    assert len(seen) == 4 and all(norm <= .01 + 1e-5 for _, norm in seen)      # two streams, two sides of projections
+
+
+def test_the_log_tells_how_the_terms_pull():
+    _, rows = trained(Training(epochs=2, batch_size=8), replace(TEACH, arm="both"))
+    for row in rows:
+        assert row["norm labels"] > 0 and row["norm final"] > 0 and row["norm intermediate"] > 0
+        assert all(-1 - 1e-6 <= row[name] <= 1 + 1e-6 for name in ("cosine labels, final", "cosine labels, intermediate", "cosine final, intermediate"))
+    assert not any(name.startswith(("norm", "cosine")) for row in trained()[1] for name in row)
+
+
+def test_looking_at_the_gradients_changes_nothing(monkeypatch):
+    with_look = trained(distillation=TEACH)[0]
+    monkeypatch.setattr(training, "_pulls", lambda *given: {})
+    assert equal(weights(with_look), weights(trained(distillation=TEACH)[0]))
+
+
+def test_weights_of_teaching_rise_and_fall():
+    "With warm_up = 1 the first step of a stage has no lesson: a stage of one step is the control."
+    one = Training(epochs=1, batch_size=24)
+    rising, plain = trained(one, replace(TEACH, warm_up=1.))[0], trained(one)[0]
+    assert max(distance(rising, plain, stream) for stream in ("local", "global_")) < 1e-4 < distance(trained(one, replace(TEACH, final_weight=5.))[0], plain, "global_")
+    assert not equal(weights(trained(distillation=replace(TEACH, fade=.5))[0]), weights(trained(distillation=TEACH)[0]))
+
+
+def test_relations_need_three_clips():
+    with pytest.raises(ValueError, match="batch_size = 2.*need 3.*logit"): trained(Training(epochs=1, batch_size=2), TEACH)
+    trained(Training(epochs=1, batch_size=2), replace(TEACH, intermediate="logit"))
 
 
 def test_teachers_are_calibrated():
@@ -328,13 +393,43 @@ def test_fusions_are_fitted_on_the_gate_and_the_adaptive_one_is_set():
     measure_map(model, data(False))
     before, map_before = weights(model.local) | weights(model.global_), model.map.to_dict()
     fusions, best = fit_fusions(model, data(False))
-    assert list(fusions) == ["average", "scalar", "adaptive"] and best in ("local", "global", "average", "scalar")
+    assert {"average", "scalar", "class", "entropy", "stacking", "gate", "features", "adaptive"} == set(fusions) and best in ({"local", "global"} | set(fusions)) - {"adaptive"}
     assert model.fusion is fusions["adaptive"] and isinstance(model.fusion, AdaptiveFusion) and torch.allclose(model.fusion.logit_share.double(), model.map.logit_share, atol=1e-6)
     assert (float(model.fusion.slope), float(model.fusion.bias)) != (1., 0.) and float(fusions["scalar"].bias) != 0
     assert equal(before, weights(model.local) | weights(model.global_)) and model.map.to_dict() == map_before
     pair = [z.exp() for z in calibrate(predict(model, data(False)), model.temperature)]
     with torch.no_grad(): out = model(*(torch.stack([data(False)[i][k] for i in range(24)]) for k in ("local", "global_")))
     assert torch.allclose(out.fused.double(), fusions["adaptive"](*pair).double(), atol=1e-4)      # a model answers as its evaluation does
+
+
+def test_the_baseline_is_chosen_on_videos_its_fusion_was_not_fitted_on(monkeypatch):
+    model, chosen = make(), {}
+    def spy(candidates, labels):
+        chosen.update(candidates)
+        return "average"
+    monkeypatch.setattr(training, "choose_baseline", spy)
+    fusions, _ = fit_fusions(model, data(False))
+    pair = [z.exp() for z in calibrate(predict(model, data(False)), model.temperature)]
+    assert set(chosen) == ({"local", "global"} | set(fusions)) - {"adaptive"} and torch.allclose(chosen["local"], pair[0])
+    assert not torch.allclose(chosen["scalar"].double(), fusions["scalar"](*pair).double(), atol=1e-6)
+
+
+def test_all_fusions_answer_to_what_they_take():
+    model = make()
+    fusions, _ = fit_fusions(model, data(False))
+    answers = predict(model, data(False))
+    fused, pair = training.fuse_all(fusions, answers, model.temperature), [z.exp() for z in calibrate(answers, model.temperature)]
+    assert fused.keys() == fusions.keys() and all(p.shape == (24, 3) and torch.allclose(p.sum(1), torch.ones(24, dtype=p.dtype), atol=1e-5) for p in fused.values())
+    assert torch.allclose(fused["average"], (pair[0] + pair[1]) / 2) and torch.equal(fused["features"], fusions["features"](*answers.embeddings))
+
+
+@pytest.mark.parametrize("clips", [1, 3])
+def test_embeddings_are_averaged_over_the_views(clips):
+    model, part = make().eval(), data(False, clips=clips)
+    answers = predict(model, part, 5)
+    assert [e.shape for e in answers.embeddings] == [(24, 6), (24, 12)]
+    with torch.no_grad(): views = torch.stack([model.local(part[5 * clips + v]["local"][None]).embedding[0] for v in range(clips)])
+    assert torch.allclose(answers.embeddings[0][5], views.mean(0), atol=1e-5)
 
 
 def test_fusions_without_a_map_are_refused():
