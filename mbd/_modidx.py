@@ -487,6 +487,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbd.fusion._mix_features': ('fusion.html#_mix_features', 'mbd/fusion.py'),
                             'mbd.fusion._pulled_regression': ('fusion.html#_pulled_regression', 'mbd/fusion.py'),
                             'mbd.fusion._ready': ('fusion.html#_ready', 'mbd/fusion.py'),
+                            'mbd.fusion._regression_losses': ('fusion.html#_regression_losses', 'mbd/fusion.py'),
                             'mbd.fusion._set': ('fusion.html#_set', 'mbd/fusion.py'),
                             'mbd.fusion.ambiguity': ('fusion.html#ambiguity', 'mbd/fusion.py'),
                             'mbd.fusion.build_fusion': ('fusion.html#build_fusion', 'mbd/fusion.py'),

@@ -120,7 +120,7 @@ def cross_calibrate(
     for f in names.tolist(): out[fold == f] = z[fold == f] / fit_temperature(z[fold != f], y[fold != f])
     return out
 
-# %% ../nbs/09_dominance.ipynb #a1cfdc17
+# %% ../nbs/09_dominance.ipynb #6e2f6b52
 def class_share(
     share: torch.Tensor, # (N,) share of each video
     weight: torch.Tensor, # (N,) how much it counts: max(p_L, p_G) of the true class
@@ -136,7 +136,7 @@ def class_share(
     kept = mass / (mass + prior) if prior > 0 else (mass > 0).to(mass)   # what the class's own videos count against the prior
     return kept * free + (1 - kept) * reference, mass, reference
 
-# %% ../nbs/09_dominance.ipynb #1094eeba
+# %% ../nbs/09_dominance.ipynb #fb0af9f4
 def share_interval(
     share: torch.Tensor, # (N,) share of each video
     weight: torch.Tensor, # (N,) its weight
@@ -159,6 +159,7 @@ def share_interval(
     count = torch.bincount(owner, minlength=num_classes)
     free, _, _ = class_share(share, weight, labels, num_classes, prior=0)
     part = source_mass / mass[owner].clamp_min(1e-30)
+    belief = source_mass / torch.bincount(index)                  # mean weight of a source's videos
     several, squares = count[owner] > 1, torch.zeros_like(mass).index_add(0, owner, part * part)
     deviation = torch.where(several, (mean - free[owner]) * (1 - 2 * part + squares[owner]).clamp_min(1e-9).rsqrt(), 0.0)
     low, high = torch.zeros_like(centre), torch.ones_like(centre)
@@ -167,14 +168,14 @@ def share_interval(
         own = owner == c
         pool = own & several if count[c] >= min_sources else several
         if count[c] == 0 or mass[c] <= 0 or source_mass[pool].sum() <= 0: continue
-        pick = torch.multinomial((source_mass[pool] > 0).double(), resamples * int(count[c]), replacement=True, generator=draw)
+        pick = torch.multinomial(belief[pool], resamples * int(count[c]), replacement=True, generator=draw)
         moved = deviation[pool][pick].view(resamples, -1) @ (source_mass[own] / source_mass[own].sum())
         moved = moved * (mass[c] / (mass[c] + prior)).sqrt()
         low[c], high[c] = centre[c] + torch.quantile(moved, torch.tensor([tail, 1 - tail], dtype=moved.dtype))
         low[c], high[c] = low[c] + (free[c] - centre[c]).clamp(max=0), high[c] + (free[c] - centre[c]).clamp(min=0)   # as far out as its own videos say
     return low.clamp(0, 1).minimum(centre), high.clamp(0, 1).maximum(centre), count
 
-# %% ../nbs/09_dominance.ipynb #09fce72c
+# %% ../nbs/09_dominance.ipynb #ac3479de
 GROUPS = {"local": 1, "balanced": 0, "global": -1}
 
 def groups(
@@ -185,7 +186,7 @@ def groups(
     "Group of each class: local or global when its interval excludes the reference (ours)"
     return ["local" if l > reference else "global" if h < reference else "balanced" for l, h in zip(low.tolist(), high.tolist())]
 
-# %% ../nbs/09_dominance.ipynb #3ec4cd36
+# %% ../nbs/09_dominance.ipynb #dfcf4ba7
 @dataclass(eq=False)
 class DominanceMap:
     "Share, interval and group of each class; `reference` is the share the streams have overall. Shares are the local stream's"
@@ -264,7 +265,7 @@ class DominanceMap:
 
 _COLUMNS = ("class", "n", "share", "low", "high", "group", "num_sources", "reference", "prior", "confidence")
 
-# %% ../nbs/09_dominance.ipynb #480d3d7d
+# %% ../nbs/09_dominance.ipynb #ba899fa3
 def measure(
     local_logits: torch.Tensor, # (N, K) calibrated, of videos neither stream was trained on
     global_logits: torch.Tensor, # (N, K) of the same videos

@@ -719,7 +719,7 @@ def features_command(
     augmented=0, # augmented views besides
     split=1, # official split, for one list
     subset="all", # one list, or all videos of the data set (then the split does not matter)
-    output="data/features", # folder of all stores
+    output=None, # folder of all stores; None: data/features beside settings.ini
     shard=(0, 1), # (i, n)
     device="auto",
     batch=8, # clips the stream sees at once
@@ -742,6 +742,7 @@ def features_command(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)                                      # so that random weights are the same next time
         stream = build_stream(backbone, trained.classes if trained else len(lists[0].classes), weights, file)
+    output = output or (conf.file.parent if conf.file else Path("."))/"data"/"features"
     place = extract(records, stream, output, dataset=name if subset == "all" else f"{name}-{subset}{split}", classes=lists[0].classes, weights=weights, protocol=protocol, augmented=augmented, flip=lists[0].directional,
                     shard=shard, device=conf.device, batch=batch, workers=conf.workers, retry=retry, expected=sum(d.expected for d in lists), progress=progress)
     return FeatureStore(place, max_missing=1.0)

@@ -258,20 +258,24 @@ class EntropyFusion(MeanFusion):
         _checked_pair(p_local, p_global)
         return torch.sigmoid(self.slope.to(p_local) * (_entropy(p_global) - _entropy(p_local)) + self.bias.to(p_local))
 
-# %% ../nbs/11_fusion.ipynb #28187903
-def _log_linear_pool(x, y):
-    "[matrix (2K, K), bias (K,)] of the pool alpha log p_L + beta log p_G with its two numbers fitted; x (N, 2K) are the log-probabilities"
-    k = x.shape[1] // 2
-    pool = lambda t: F.cross_entropy(t[0] * x[:, :k] + t[1] * x[:, k:], y, reduction="sum") + 0.05 * (t - 0.5).square().sum()
-    found = _minimise(pool, [torch.full((2,), 0.5, dtype=x.dtype)], 20)[0]
-    return [torch.cat([torch.eye(k, dtype=x.dtype) * t for t in found]), x.new_zeros(k)]
+# %% ../nbs/11_fusion.ipynb #6a2a95f0
+def _regression_losses(x, y, matrix, bias):
+    "NLL (F, N) of F regressions, matrix (F, 2K, K) and bias (F, 1, K), on log-probabilities x (N, 2K)"
+    return F.cross_entropy((x @ matrix + bias).flatten(0, 1), y.repeat(len(matrix)), reduction="none").view(len(matrix), -1)
 
-def _pulled_regression(x, y, start, home, strength, iterations):
-    "[matrix, bias] of the regression from `start`, with a pull of this strength to `home`"
-    objective = lambda m, b: F.cross_entropy(x @ m + b, y, reduction="sum") + strength / 2 * ((m - home[0]).square().sum() + (b - home[1]).square().sum())
+def _log_linear_pool(x, y, seen):
+    "[matrix (F, 2K, K), bias (F, 1, K)] of the pools alpha log p_L + beta log p_G, their numbers fitted on the videos that seen (F, N) counts"
+    eye = torch.eye(x.shape[1] // 2)
+    pool = lambda t: [torch.cat([t[:, 0] * eye, t[:, 1] * eye], 1), x.new_zeros(len(t), 1, len(eye))]
+    objective = lambda t: (_regression_losses(x, y, *pool(t)) * seen).sum() + 0.05 * (t - 0.5).square().sum()
+    return pool(_minimise(objective, [x.new_full((len(seen), 2, 1, 1), 0.5)], 20)[0])
+
+def _pulled_regression(x, y, seen, start, home, strength, iterations):
+    "[matrix, bias] of the regressions from `start`, with a pull of this strength to `home`"
+    objective = lambda m, b: (_regression_losses(x, y, m, b) * seen).sum() + strength / 2 * ((m - home[0]).square().sum() + (b - home[1]).square().sum())
     return _minimise(objective, start, iterations)
 
-# %% ../nbs/11_fusion.ipynb #e055746f
+# %% ../nbs/11_fusion.ipynb #3e673b51
 class StackingFusion(MeanFusion):
     """Multinomial logistic regression on both streams' log-probabilities (Wolpert 1992), pulled to the log-linear pool
     a log p_L + b log p_G; 2 K^2 + K numbers. The pull is chosen by cross-validation over sources within the fitting data"""
@@ -301,17 +305,17 @@ class StackingFusion(MeanFusion):
         l, g, y = _ready(p_local, p_global, labels, sources, len(self.bias))
         x, sources, chosen = self._inputs(l, g).float(), list(map(str, range(len(y)) if sources is None else sources)), 0
         if len(set(sources)) >= 3:                              # fewer leave nothing to choose by: the pool
-            fold = source_folds(y, sources, folds=3)
-            seen, held = ([(x[rows], y[rows]) for rows in (fold.ne(f) if other else fold.eq(f) for f in range(3))] for other in (True, False))
-            loss = lambda answers: sum(F.cross_entropy(a @ m + b, t, reduction="sum").item() for (a, t), (m, b) in zip(held, answers))
-            home = now = [_log_linear_pool(*part) for part in seen]; best = loss(now)
+            seen = (source_folds(y, sources, folds=3) != torch.arange(3)[:, None]).float()
+            held_out = lambda matrix, bias: (_regression_losses(x, y, matrix, bias) * (1 - seen)).sum().item()
+            home = now = _log_linear_pool(x, y, seen); best = held_out(*now)
             for number, strength in enumerate(self.grid, 1):
-                now = [_pulled_regression(*part, *start, strength, 12) for part, start in zip(seen, zip(now, home))]
-                if loss(now) >= best: break
-                best, chosen = loss(now), number
-        home = now = _log_linear_pool(x, y)
-        for strength in self.grid[:chosen]: now = _pulled_regression(x, y, now, home, strength, 20)
-        _set(self, matrix=now[0], bias=now[1], strength=(float("inf"), *self.grid)[chosen])
+                now = _pulled_regression(x, y, seen, now, home, strength, 12)
+                if held_out(*now) >= best: break
+                best, chosen = held_out(*now), number
+        everything = torch.ones(1, len(y))
+        home = now = _log_linear_pool(x, y, everything)
+        for strength in self.grid[:chosen]: now = _pulled_regression(x, y, everything, now, home, strength, 12)
+        _set(self, matrix=now[0][0], bias=now[1][0, 0], strength=(float("inf"), *self.grid)[chosen])
         return self
 
     def weight(self, p_local, p_global):
@@ -539,7 +543,7 @@ def fit_all(
     return ({name: make().fit(*inputs[name], labels, sources=sources) for name, make in makes.items()},
             {name: cross_fit(make, *inputs[name], labels, sources, folds, seed) for name, make in makes.items()})
 
-# %% ../nbs/11_fusion.ipynb #f06dcb2d
+# %% ../nbs/11_fusion.ipynb #3a44488e
 def ambiguity(
     log_p_local: torch.Tensor, # (N, K) log-probabilities
     log_p_global: torch.Tensor, # (N, K)
@@ -553,7 +557,7 @@ def ambiguity(
     at = lambda z: -z.gather(1, labels[:, None])[:, 0]
     return at(mixed.log_softmax(1)), weight * at(log_p_local) + (1 - weight) * at(log_p_global), -mixed.logsumexp(1)
 
-# %% ../nbs/11_fusion.ipynb #babe9169
+# %% ../nbs/11_fusion.ipynb #d817f320
 def may_stop(
     p_first: torch.Tensor, # (N, K) calibrated probabilities of the cheaper stream
     threshold: float, # least confidence max_k p_first; above 1 never stops
@@ -566,7 +570,7 @@ def may_stop(
     if share.shape != p_first.shape[1:] or not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"share must be ({p_first.shape[1]},) numbers in 0..1, not {tuple(share.shape)}; for the global stream pass 1 - map.share")
     return sure & (p_first @ share.to(p_first) >= least_share)
 
-# %% ../nbs/11_fusion.ipynb #83d136ea
+# %% ../nbs/11_fusion.ipynb #dc1110aa
 @dataclass(eq=False)
 class ExitCurve:
     "What each threshold costs and gives; fields of length M, the thresholds rising"
@@ -604,7 +608,7 @@ def early_exit(
     stopped = stop.mean(1)
     return ExitCurve(t, (stop * right[0] + (1 - stop) * right[1]).mean(1), costs[0] + costs[1] * (1 - stopped), stopped)
 
-# %% ../nbs/11_fusion.ipynb #019998af
+# %% ../nbs/11_fusion.ipynb #31471370
 FUSIONS = {kind.__name__: kind for kind in (MeanFusion, ScalarFusion, AdaptiveFusion, ClassFusion, EntropyFusion, StackingFusion, GateFusion, FeatureFusion)}
 
 def build_fusion(

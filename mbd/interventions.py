@@ -81,7 +81,7 @@ def low_resolution(
     large = F.interpolate(small, size=(H, W), mode="bilinear", align_corners=False)
     return large.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
-# %% ../nbs/09_interventions.ipynb #071e9c2e
+# %% ../nbs/09_interventions.ipynb #b6e3d796
 INTERVENTIONS = {
     "frame shuffle, single": lambda video, seed=0: shuffle_frames(video, 1, seed),
     "frame shuffle, blocks of 8": lambda video, seed=0: shuffle_frames(video, 8, seed),
@@ -89,6 +89,6 @@ INTERVENTIONS = {
     "short crop, 8 frames": lambda video, seed=0: short_crop(video, 8),
     "patch shuffle, 2 x 2": lambda video, seed=0: shuffle_patches(video, 2, seed),
     "patch shuffle, 4 x 4": lambda video, seed=0: shuffle_patches(video, 4, seed),
-    "low resolution, 1/2": lambda video, seed=0: low_resolution(video, 2),
     "low resolution, 1/4": lambda video, seed=0: low_resolution(video, 4),
-}   # name -> function of a video uint8 (T, H, W, C) of at least 16 frames and 4 pixels, and a seed
+    "low resolution, 1/8": lambda video, seed=0: low_resolution(video, 8),
+}   # name -> function of a video uint8 (T, H, W, C) of at least 16 frames and 8 pixels, and a seed

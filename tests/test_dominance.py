@@ -162,11 +162,13 @@ def test_intervals_of_many_sources_come_from_the_class_itself():
     assert high[0] - low[0] < 1e-6 and 0.1 < high[1] - low[1] < 0.2
 
 
-def test_prior_narrows_intervals_by_its_root_so_that_weak_evidence_is_held_back():
+def test_prior_narrows_the_end_near_the_reference_by_its_root_so_that_weak_evidence_is_held_back():
     y, names = torch.arange(2).repeat_interleave(20), [str(i) for i in range(40)]
-    s = torch.linspace(0.2, 0.8, 40)
-    width = {prior: (lambda r: r[1] - r[0])(share_interval(s, torch.ones(40), y, names, 2, prior)) for prior in (1e-9, 20.0)}
-    assert torch.allclose(width[20.0] / width[1e-9], torch.full((2,), 0.5 ** 0.5), rtol=1e-4)
+    s, one, near = torch.linspace(0.2, 0.8, 40), torch.ones(40), {}
+    for prior in (1e-9, 20.0):
+        (centre, _, _), (low, high, _) = class_share(s, one, y, 2, prior), share_interval(s, one, y, names, 2, prior)
+        near[prior] = torch.stack([high[0] - centre[0], centre[1] - low[1]])                # of the class below and the class above the reference
+    assert torch.allclose(near[20.0] / near[1e-9], torch.full((2,), 0.5 ** 0.5), rtol=1e-4)
 
 
 def test_same_seed_same_map_and_shuffling_the_videos_changes_no_share(sim, dominance):
