@@ -174,7 +174,7 @@ def _features_parser(commands):
     stored.add_argument("--split", type=_positive, default=1, metavar="N", help="split of that list (default %(default)s)")
     stored.add_argument("--root", metavar="FOLDER", help="folder of the data set (settings.ini says where it is, if not given)")
     stored.add_argument("--annotations", metavar="FOLDER", help="folder of the official lists, where they lie apart")
-    stored.add_argument("--output", default="data/features", metavar="FOLDER", help="folder of all stores (default %(default)s)")
+    stored.add_argument("--output", metavar="FOLDER", help="folder of all stores (default data/features beside settings.ini)")
     stored.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do only the I-th of N parts, I from 0")
     stored.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     stored.add_argument("--batch", type=_positive, default=8, metavar="N", help="clips at once (default %(default)s)")

@@ -137,6 +137,11 @@ def class_share(
     return kept * free + (1 - kept) * reference, mass, reference
 
 # %% ../nbs/09_dominance.ipynb #fb0af9f4
+def _student(confidence, freedom):
+    "Student's quantile over the normal one, by its expansion in 1 / freedom (Abramowitz and Stegun 26.7.5)."
+    z = 2 ** 0.5 * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
+    return 1 + (z**2 + 1) / (4 * freedom) + (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
+
 def share_interval(
     share: torch.Tensor, # (N,) share of each video
     weight: torch.Tensor, # (N,) its weight
@@ -170,7 +175,7 @@ def share_interval(
         if count[c] == 0 or mass[c] <= 0 or source_mass[pool].sum() <= 0: continue
         pick = torch.multinomial(belief[pool], resamples * int(count[c]), replacement=True, generator=draw)
         moved = deviation[pool][pick].view(resamples, -1) @ (source_mass[own] / source_mass[own].sum())
-        moved = moved * (mass[c] / (mass[c] + prior)).sqrt()
+        moved = moved * (mass[c] / (mass[c] + prior)).sqrt() * _student(confidence, int(pool.sum()) - len(owner[pool].unique()))
         low[c], high[c] = centre[c] + torch.quantile(moved, torch.tensor([tail, 1 - tail], dtype=moved.dtype))
         low[c], high[c] = low[c] + (free[c] - centre[c]).clamp(max=0), high[c] + (free[c] - centre[c]).clamp(min=0)   # as far out as its own videos say
     return low.clamp(0, 1).minimum(centre), high.clamp(0, 1).maximum(centre), count

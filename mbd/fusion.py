@@ -275,11 +275,11 @@ def _pulled_regression(x, y, seen, start, home, strength, iterations):
     objective = lambda m, b: (_regression_losses(x, y, m, b) * seen).sum() + strength / 2 * ((m - home[0]).square().sum() + (b - home[1]).square().sum())
     return _minimise(objective, start, iterations)
 
-# %% ../nbs/11_fusion.ipynb #3e673b51
+# %% ../nbs/11_fusion.ipynb #2dc573c6
 class StackingFusion(MeanFusion):
     """Multinomial logistic regression on both streams' log-probabilities (Wolpert 1992), pulled to the log-linear pool
     a log p_L + b log p_G; 2 K^2 + K numbers. The pull is chosen by cross-validation over sources within the fitting data"""
-    grid = (1000.0, 100.0, 10.0, 1.0)
+    grid = (100.0, 10.0, 1.0)
 
     def __init__(self,
         num_classes: int, # K
@@ -533,17 +533,20 @@ def fit_all(
     embeddings: tuple = None, # (N, D_L) and (N, D_G) float32; with them the features are fused too
     folds: int = 5, # of the cross-fitting
     seed: int = 0, # of the dealing into folds
+    names=None, # which of them; None: all
 ) -> tuple: # {name: fitted fusion}, {name: (N, K) cross-fitted probabilities}
     "All fusions fitted on the gate part, and their answers to videos they were not fitted on. ValueError as `cross_fit`"
     k, pair = p_local.shape[1], (p_local, p_global)
     makes = {"average": MeanFusion, "scalar": ScalarFusion, "class": lambda: ClassFusion(k), "entropy": EntropyFusion, "stacking": lambda: StackingFusion(k),
              "gate": lambda: GateFusion(k), "adaptive": lambda: AdaptiveFusion(share_logit)}
     if embeddings is not None: makes["features"] = lambda: FeatureFusion(*(e.shape[1] for e in embeddings), k)
+    if unknown := set(names or ()) - set(makes): raise ValueError(f"unknown fusion {sorted(unknown)[0]!r}; known here are {', '.join(makes)}")
+    if names is not None: makes = {name: make for name, make in makes.items() if name in names}
     inputs = {name: embeddings if name == "features" else pair for name in makes}
     return ({name: make().fit(*inputs[name], labels, sources=sources) for name, make in makes.items()},
             {name: cross_fit(make, *inputs[name], labels, sources, folds, seed) for name, make in makes.items()})
 
-# %% ../nbs/11_fusion.ipynb #3a44488e
+# %% ../nbs/11_fusion.ipynb #3f10321d
 def ambiguity(
     log_p_local: torch.Tensor, # (N, K) log-probabilities
     log_p_global: torch.Tensor, # (N, K)
@@ -557,7 +560,7 @@ def ambiguity(
     at = lambda z: -z.gather(1, labels[:, None])[:, 0]
     return at(mixed.log_softmax(1)), weight * at(log_p_local) + (1 - weight) * at(log_p_global), -mixed.logsumexp(1)
 
-# %% ../nbs/11_fusion.ipynb #d817f320
+# %% ../nbs/11_fusion.ipynb #a5c7b5cc
 def may_stop(
     p_first: torch.Tensor, # (N, K) calibrated probabilities of the cheaper stream
     threshold: float, # least confidence max_k p_first; above 1 never stops
@@ -570,7 +573,7 @@ def may_stop(
     if share.shape != p_first.shape[1:] or not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"share must be ({p_first.shape[1]},) numbers in 0..1, not {tuple(share.shape)}; for the global stream pass 1 - map.share")
     return sure & (p_first @ share.to(p_first) >= least_share)
 
-# %% ../nbs/11_fusion.ipynb #dc1110aa
+# %% ../nbs/11_fusion.ipynb #163c8e6a
 @dataclass(eq=False)
 class ExitCurve:
     "What each threshold costs and gives; fields of length M, the thresholds rising"
@@ -608,7 +611,7 @@ def early_exit(
     stopped = stop.mean(1)
     return ExitCurve(t, (stop * right[0] + (1 - stop) * right[1]).mean(1), costs[0] + costs[1] * (1 - stopped), stopped)
 
-# %% ../nbs/11_fusion.ipynb #31471370
+# %% ../nbs/11_fusion.ipynb #5e4cd99e
 FUSIONS = {kind.__name__: kind for kind in (MeanFusion, ScalarFusion, AdaptiveFusion, ClassFusion, EntropyFusion, StackingFusion, GateFusion, FeatureFusion)}
 
 def build_fusion(

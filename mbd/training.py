@@ -257,6 +257,7 @@ def measure_map(
 def fit_fusions(
     model, # an MBD with a map; its fusion is set to the adaptive one
     data, # a ClipDataset with train=False: the gate part
+    names=None, # fusions besides the adaptive one, as in `fit_all`; None: all
     **reading, # batch_size, workers, progress of `predict`
 ) -> tuple: # ({name: fusion}, name of the best baseline on this part)
     "Fit all fusions on the gate part. Raises ValueError without a map, and on videos that a stream's weights have seen."
@@ -264,7 +265,7 @@ def fit_fusions(
     if model.map is None: raise ValueError("the adaptive fusion needs the dominance map: call measure_map(model, map part) first")
     answers = predict(model, data, **reading)
     pair = [z.exp() for z in calibrate(answers, model.temperature)]
-    fusions, held_out = fit_all(*pair, answers.labels, answers.sources, model.map.logit_share, answers.embeddings)
+    fusions, held_out = fit_all(*pair, answers.labels, answers.sources, model.map.logit_share, answers.embeddings, names=None if names is None else {*names, "adaptive"})
     candidates = {"local": pair[0], "global": pair[1], **{n: p for n, p in held_out.items() if n != "adaptive"}}
     model.fusion = fusions["adaptive"].to(next(model.parameters()).device)
     return fusions, choose_baseline(candidates, answers.labels)
