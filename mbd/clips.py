@@ -523,38 +523,51 @@ class _Reader(torch.utils.data.Dataset):
 
 # %% ../nbs/05_clips.ipynb #eb922046
 class _Order:
-    "Batches of keys; a new order for each seed and epoch."
-    def __init__(self, data, batch_size, shuffle): self.data, self.batch_size, self.shuffle = data, batch_size, shuffle
+    "Batches of keys; a new order for each seed and epoch. `first` batches of the next round are left out."
+    def __init__(self, data, batch_size, shuffle, part=(0, 1)): self.data, self.batch_size, self.shuffle, self.part, self.first = data, batch_size, shuffle, part, 0
+
+    def _mine(self):
+        "Numbers of the fixed cuts that this process reads: whole videos, a stretch of the list."
+        (rank, world), views, n = self.part, self.data.views, len(self.data) // self.data.views
+        return range(views*(n*rank // world), views*(n*(rank + 1) // world))
 
     def __len__(self):
-        n = len(self.data)
+        n = len(self.data) if self.shuffle else len(self._mine())
         return n // self.batch_size if self.shuffle and n > self.batch_size else -(-n // self.batch_size)
 
     def __iter__(self):
-        seed, epoch, order = self.data.seed, self.data.epoch, range(len(self.data))
+        seed, epoch, (rank, world), size = self.data.seed, self.data.epoch, self.part, self.batch_size
+        order = self._mine()
         if self.shuffle:
             generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch, 1]).generate_state(1)[0]))
             torch.empty((), dtype=torch.int64).random_(generator=generator)
             order = torch.randperm(len(self.data), generator=generator).tolist()
-        for b in range(len(self)): yield [(i, seed, epoch) for i in order[b*self.batch_size:(b + 1)*self.batch_size]]
+        for b in range(self.first, len(self)):
+            batch = order[b*size:(b + 1)*size]
+            if self.shuffle: batch = batch[rank*len(batch) // world:(rank + 1)*len(batch) // world]
+            yield [(i, seed, epoch) for i in batch]
 
 # %% ../nbs/05_clips.ipynb #c4429ca2
 _PATIENCE = 600    # seconds that loader processes may be silent
 
 class Batches:
     "Iterate over it once an epoch: each time it yields the batches of the data set's seed and epoch. `batches` makes it."
-    def __init__(self, data, batch_size, shuffle, workers):
-        self.data, self.least, order = data, 2 if shuffle and batch_size > 1 else 1, _Order(data, batch_size, shuffle)
-        self.loader = torch.utils.data.DataLoader(_Reader(data), batch_sampler=order, num_workers=workers, collate_fn=_collate,
+    def __init__(self, data, batch_size, shuffle, workers, part=(0, 1), pin_memory=False):
+        self.data, self.least, self.order = data, 2 if shuffle and batch_size > 1 else 1, _Order(data, batch_size, shuffle, part)
+        self.loader = torch.utils.data.DataLoader(_Reader(data), batch_sampler=self.order, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
                                                   persistent_workers=workers > 0, timeout=_PATIENCE if workers else 0, generator=torch.Generator())
 
     def __len__(self): return len(self.loader)
 
-    def __iter__(self):
+    def __iter__(self): return (batch for batch in self.all() if batch is not None)
+
+    def all(self, first=0):
+        "The same from batch number `first` on, and None in the place of a batch of which too few videos could be read."
         _check_failures(self.data)
+        self.order.first = first
         for batch, failed in self._loaded():
             for index, reason in failed: _count_failure(self.data, index, reason)
-            if batch is not None and len(batch["label"]) >= self.least: yield batch
+            yield batch if batch is not None and len(batch["label"]) >= self.least else None
 
     def _loaded(self):
         try: yield from self.loader
@@ -584,6 +597,10 @@ def batches(
     batch_size, # clips a batch
     shuffle=False, # new order each epoch, from the data set's seed and epoch; drops a last batch that is too small to normalise
     workers=0, # loader processes; 0 reads in this one
+    part=(0, 1), # (rank, processes) where several read one data set: of a shuffled batch a stretch, of fixed cuts a stretch of the videos
+    pin_memory=False, # put batches where a GPU copies from faster
 ) -> Batches:
-    "Batches of `data`: dicts of tensors. Unreadable videos are left out, logged and counted in `data.failures`. Raises RuntimeError where there are too many. Data with a way of its own, a method `batches(batch_size, shuffle)`, goes that way."
-    return data.batches(batch_size, shuffle) if hasattr(data, "batches") else Batches(data, batch_size, shuffle, workers)
+    "Batches of `data`: dicts of tensors. Unreadable videos are left out, logged and counted in `data.failures`. Raises RuntimeError where there are too many. Data with a way of its own, a method `batches(batch_size, shuffle)`, goes that way, in one process."
+    if not hasattr(data, "batches"): return Batches(data, batch_size, shuffle, workers, part, pin_memory)
+    if part[1] > 1: raise ValueError(f"a {type(data).__name__} is read by one process, not {part[1]}; start the training without a launcher")
+    return data.batches(batch_size, shuffle)

@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'QUICK', 'GENERATED', 'KINDS', 'WIDTHS', 'ALL', 'pack', 'un
            'features_command']
 
 # %% ../nbs/14_features.ipynb #21052332
-import copy, csv, hashlib, inspect, io, json, math, os, re, time
+import copy, csv, hashlib, inspect, io, itertools, json, math, os, re, time
 from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -461,6 +461,8 @@ class _FeatureBatches:
     def __len__(self):
         n = len(self.data)
         return n // self.batch_size if self.shuffle and n > self.batch_size else -(-n // self.batch_size)
+
+    def all(self, first=0): return itertools.islice(self, first, None)
 
     def __iter__(self):
         d, n = self.data, len(self.data)
