@@ -16,6 +16,7 @@ from numbers import Real
 
 import torch, torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # %% ../nbs/10_distillation.ipynb #4ac8a05f
 def _choose(name, value, known):
@@ -97,22 +98,42 @@ def relations(
     pooled = _pooled(feature_map)
     return F.normalize(pooled - pooled.mean(0), dim=1, eps=1e-6)
 
+# %% ../nbs/10_distillation.ipynb #d690dd00
+def _exchange(rows, gather):
+    "For rows [(B, C), ...]: those of all processes, from one exchange for the whole list, without history; and the number of the first own one"
+    together = torch.cat([r.detach() for r in rows], 1)
+    everybody, first = gather(together) if gather else (together, 0)
+    return [part.to(own.dtype) for part, own in zip(everybody.split([r.shape[1] for r in rows], 1), rows)], first
+
+def _relation_rows(own, students, teachers, first):
+    "(B,) loss of each own row; everybody's rows, the own ones from number `first` on, are landmarks"
+    landmarks, lesson, mine = relations(students), relations(teachers), slice(first, first + len(own))
+    student = F.normalize(own - students.mean(0), dim=1, eps=1e-6)
+    difference = student @ landmarks.T - (lesson[mine] @ lesson.T).to(student.dtype)
+    others = 1 - torch.eye(len(students), dtype=student.dtype, device=student.device)[mine]
+    return (difference.square() * others).sum(1) / (len(students) - 1)
+
+def _relation_losses(maps, gather=None, few=False):
+    "A scalar for each (student map, teacher map, weight) of the list; zeros where `few` videos are allowed and there are below 3"
+    for student, teacher, _ in maps:
+        if len(student) != len(teacher): raise ValueError(f"batches differ: {len(student)} student and {len(teacher)} teacher videos")
+    with torch.autocast(maps[0][0].device.type, enabled=False):
+        own = [_pooled(student) for student, _, _ in maps]
+        everybody, first = _exchange([*own, *(_pooled(teacher.detach()) for _, teacher, _ in maps)], gather)
+        if few and len(everybody[0]) < 3: return [weight.sum() * 0 for _, _, weight in maps]
+        students, teachers = everybody[:len(maps)], everybody[len(maps):]
+        return [_mean_row(_relation_rows(*rows, first), weight) for *rows, (_, _, weight) in zip(own, students, teachers, maps)]
+
 # %% ../nbs/10_distillation.ipynb #bc72682a
 def relation_loss(
     student_map: torch.Tensor, # (B, C, T, H, W) stage features of the student
     teacher_map: torch.Tensor, # (B, C', T', H', W') of the teacher, any other shape; no gradient flows into them
     weight: torch.Tensor = None, # (B,) how much each video's row counts; 1 by default
+    gather=None, # where other processes hold a part of the batch: rows (B, D) -> (rows of all processes in order, number of the first own one)
 ) -> torch.Tensor: # scalar: sum of the weighted rows divided by the batch size
     """Mean squared difference of the two batches' similarities, row by row (after Tung and Mori 2019; centring and landmarks are ours).
-    Only features of videos with a weight receive a gradient. ValueError for a batch below 3."""
-    if len(student_map) != len(teacher_map): raise ValueError(f"batches differ: {len(student_map)} student and {len(teacher_map)} teacher videos")
-    with torch.autocast(student_map.device.type, enabled=False):
-        pooled, teacher = _pooled(student_map), relations(teacher_map.detach())
-        student = F.normalize(pooled - pooled.mean(0).detach(), dim=1, eps=1e-6)
-        difference = student @ student.detach().T - (teacher @ teacher.T).to(student.dtype)
-    others = 1 - torch.eye(len(student), dtype=student.dtype, device=student.device)
-    rows = (difference.square() * others).sum(1) / (len(student) - 1)
-    return _mean_row(rows, weight)
+    Only features of videos with a weight receive a gradient. ValueError for a batch below 3, all processes counted."""
+    return _relation_losses([(student_map, teacher_map, weight)], gather)[0]
 
 # %% ../nbs/10_distillation.ipynb #46ee5ed7
 def pair_stages(
@@ -237,12 +258,14 @@ def hint_loss(
     student_place: Placement, # of the student's clips
     teacher_place: Placement, # of the teacher's clips
     weight: torch.Tensor = None, # (B,) how much each video counts; 1 by default
+    gather=None, # in several processes, as in `relation_loss`: mean and variance are then those of all their videos
 ) -> torch.Tensor: # scalar: weighted sum over the videos divided by the batch size
     "Part of the teacher's variance that the projected student leaves unexplained, cell by cell (after Romero et al. 2015; the normalisation is ours). ValueError where cells cannot be matched"
     with torch.autocast(student_map.device.type, enabled=False):
         *maps, coverage = align(student_map, teacher_map.detach(), student_place, teacher_place)
         seen = coverage[:, None, :, None, None].expand(len(coverage), 1, -1, *maps[0].shape[3:])
-        mean = lambda x: (seen * x.detach()).sum((0, 2, 3, 4), keepdim=True) / seen.sum()
+        whole = lambda x: x if gather is None else gather(x.reshape(1, -1))[0].sum(0).view(x.shape)          # the sum over all processes
+        mean = lambda x: whole((seen * x.detach()).sum((0, 2, 3, 4), keepdim=True)) / whole(seen.sum())
         student, teacher = ((m - mean(m)) / (mean((m - mean(m)).square()) + 1e-5).sqrt() for m in maps)
         error = (projection(student) - teacher).square().mean((1, 3, 4))                # (B, T)
     return _mean_row((coverage * error).sum(1) / coverage.sum(1), weight)
@@ -360,9 +383,9 @@ class Teacher(nn.Module):
         if self.kind != "averaged": return
         mine, theirs = self.copy.state_dict(), stream.state_dict()
         if mine.keys() != theirs.keys(): raise ValueError(f"teacher and stream differ in {', '.join(sorted(mine.keys() ^ theirs.keys())[:3])}; hand over the stream the teacher was made of, unwrapped")
-        for name, value in mine.items():
-            if value.is_floating_point(): value.lerp_(theirs[name].to(value), 1 - self.decay)
-            else: value.copy_(theirs[name])
+        real = [name for name, value in mine.items() if value.is_floating_point()]
+        get_ema_multi_avg_fn(self.decay)([mine[name] for name in real], [theirs[name].to(mine[name]) for name in real], None)   # all tensors in one go
+        for name in mine.keys() - real: mine[name].copy_(theirs[name])
 
     @torch.no_grad()
     def forward(self, clip, output=None) -> Lesson:
@@ -420,22 +443,37 @@ def _final(config, student, teacher, labels):
     if config.final == "soft": return soft_kl(student.logits, teacher.logits, config.temperature)
     return decoupled_kl(student.logits, teacher.logits, labels, config.temperature, config.target_weight, config.other_weight)
 
-def _intermediate(config, student_map, teacher_map, teacher_logits, mask, places, layer):
-    "Intermediate-layer loss of one pair of stages"
-    if config.intermediate == "relation": return relation_loss(student_map, teacher_map, mask) if len(student_map) > 2 else mask.sum() * 0
+def _intermediate(config, student_map, teacher_map, teacher_logits, mask, places, layer, gather):
+    "Intermediate-layer loss of one pair of stages; not for relations, which are computed for all pairs at once"
     if config.intermediate == "logit": return logit_loss(student_map, teacher_logits, layer, config.temperature, mask)
-    if config.intermediate == "hint": return hint_loss(student_map, teacher_map, layer, *places, mask)
+    if config.intermediate == "hint": return hint_loss(student_map, teacher_map, layer, *places, mask, gather)
     return attention_loss(student_map, teacher_map, *places, mask)
 
-def _refuse_incomplete(config, places, projections, stages):
+def _refuse_incomplete(config, places, projections, stages, mixed):
     "Raise ValueError where the intermediate loss lacks what it needs."
     kind = config.intermediate
+    if kind in ("hint", "attention") and mixed:
+        raise ValueError(f"intermediate={kind!r} compares cells that show the same place of the same video, and a mixed clip shows two videos: switch mixup and cutmix off, or use intermediate='relation' or 'logit'")
     if kind in ("hint", "attention") and places is None:
         raise ValueError(f"intermediate={kind!r} compares cells at the same time and place: pass places=(Placement.from_batch(batch, 'local'), Placement.from_batch(batch, 'global')), or use intermediate='relation' or 'logit'")
     if kind in ("hint", "logit") and (projections is None or projections.intermediate != kind):
         raise ValueError(f"intermediate={kind!r} trains layers of its own: pass projections=Projections({kind!r}, local, global_), made once for a stage and given to an optimiser" + ("" if projections is None else f"; these are for {projections.intermediate!r}"))
     if kind in ("hint", "logit") and stages is not None and list(stages) != projections.pairs:
         raise ValueError(f"stages = {list(stages)} differ from the pairs {projections.pairs} that the projections were made for; leave stages out, or make the projections with them")
+
+# %% ../nbs/10_distillation.ipynb #a025b56b
+def _lessons(config, local, global_, teacher_local, teacher_global, labels, group_codes, others):
+    "[(labels, to_global, to_local), ...]: one lesson, or for mixed clips two, their masks weighted by the labels' shares"
+    *others, share = others or (1.0,)
+    _check_number("the share in others", share, 0, 1, "it is the part of a mixed clip that belongs to labels, not to what was mixed in")
+    lessons = []
+    for y, codes, part in ((labels, group_codes, share), (*others, 1 - share)) if share < 1 else ((labels, group_codes, 1.0),):
+        for name, value in (("labels", y), ("group_codes", codes)):
+            if value.shape != local.logits.shape[:1]: raise ValueError(f"{name} must have shape ({len(local.logits)},) like the batch, not {tuple(value.shape)}")
+        to_global, to_local = directions(codes.to(local.logits.device), config.arm)
+        rules = y, config.only_right_teacher, config.student_below
+        lessons.append((y, part * to_global * lesson_mask(global_.logits, teacher_local.logits, *rules), part * to_local * lesson_mask(local.logits, teacher_global.logits, *rules)))
+    return lessons
 
 # %% ../nbs/10_distillation.ipynb #cd1ef070
 def distillation_terms(
@@ -450,24 +488,27 @@ def distillation_terms(
     *,
     places: tuple = None, # (Placement of the local clips, of the global clips); for hint and attention
     projections: Projections = None, # for hint and logit
+    others: tuple = None, # mixed clips: (labels (B,), group codes (B,)) of what was mixed in, and the share 0..1 of `labels`
+    gather=None, # for relation and hint in several processes, see `relation_loss`; all of them must call
 ) -> tuple: # terms {name: scalar with its history}, taught {name: detached fraction of the videos}
     "The unweighted terms of the loss, for either direction; none under arm \"none\" or where a weight is 0. ValueError where the intermediate loss lacks what it needs"
-    for name, value in (("labels", labels), ("group_codes", group_codes)):
-        if value.shape != local.logits.shape[:1]: raise ValueError(f"{name} must have shape ({len(local.logits)},) like the batch, not {tuple(value.shape)}")
-    to_global, to_local = directions(group_codes.to(local.logits.device), config.arm)
-    rules = labels, config.only_right_teacher, config.student_below
-    to_global, to_local = to_global * lesson_mask(global_.logits, teacher_local.logits, *rules), to_local * lesson_mask(local.logits, teacher_global.logits, *rules)
+    lessons = _lessons(config, local, global_, teacher_local, teacher_global, labels, group_codes, others)
+    to_global, to_local = (sum(masks) for masks in list(zip(*lessons))[1:])
     terms, taught = {}, {"taught_global": to_global.mean(), "taught_local": to_local.mean()}
     if config.final_weight > 0 and config.arm != "none":
-        terms["final_to_global"] = (to_global * _final(config, global_, teacher_local, labels)).mean()
-        terms["final_to_local"] = (to_local * _final(config, local, teacher_global, labels)).mean()
+        terms["final_to_global"] = sum((mask * _final(config, global_, teacher_local, y)).mean() for y, mask, _ in lessons)
+        terms["final_to_local"] = sum((mask * _final(config, local, teacher_global, y)).mean() for y, _, mask in lessons)
     if config.intermediate_weight > 0 and config.arm != "none":
-        _refuse_incomplete(config, places, projections, stages)
-        pairs = projections.pairs if config.intermediate in ("hint", "logit") else _pairs(local, global_, stages)
-        layers = [(projections.to_global[i], projections.to_local[i]) if config.intermediate in ("hint", "logit") else (None, None) for i in range(len(pairs))]
-        swapped = places and places[::-1]
-        terms["intermediate_to_global"] = sum(_intermediate(config, global_.stages[g], teacher_local.stages[l], teacher_local.logits, to_global, swapped, layer) for (l, g), (layer, _) in zip(pairs, layers)) / len(pairs)
-        terms["intermediate_to_local"] = sum(_intermediate(config, local.stages[l], teacher_global.stages[g], teacher_global.logits, to_local, places, layer) for (l, g), (_, layer) in zip(pairs, layers)) / len(pairs)
+        _refuse_incomplete(config, places, projections, stages, len(lessons) > 1)
+        trained = config.intermediate in ("hint", "logit")
+        pairs = projections.pairs if trained else _pairs(local, global_, stages)
+        maps = [(global_.stages[g], teacher_local.stages[l], to_global) for l, g in pairs] + [(local.stages[l], teacher_global.stages[g], to_local) for l, g in pairs]
+        if config.intermediate == "relation": losses = _relation_losses(maps, gather, few=True)
+        else:
+            rest = [(teacher_local.logits, places and places[::-1])] * len(pairs) + [(teacher_global.logits, places)] * len(pairs)
+            layers = [*projections.to_global, *projections.to_local] if trained else [None] * len(maps)
+            losses = [_intermediate(config, student, teacher, logits, mask, where, layer, gather) for (student, teacher, mask), (logits, where), layer in zip(maps, rest, layers)]
+        for name, some in (("global", losses[:len(pairs)]), ("local", losses[len(pairs):])): terms[f"intermediate_to_{name}"] = sum(some) / len(pairs)
     return terms, taught
 
 # %% ../nbs/10_distillation.ipynb #ca1e7c6b
@@ -496,7 +537,7 @@ def distillation_loss(
     stages: list = None, # pairs (local name, global name); by relative depth when None
     *,
     fraction: float = None, # of the stage's steps done; needed where weights warm up or fade
-    **given, # places and projections, as in `distillation_terms`
+    **given, # places, projections, others and gather, as in `distillation_terms`
 ) -> tuple: # loss (scalar), parts {name: detached scalar}
     """Final- and intermediate-layer distillation in the direction of the arm (P3, P4; the losses are ours), without cross-entropy.
     Each part is a sum over the videos taught, divided by the batch size; `parts` holds them unweighted, with the fraction of videos taught each way. Under arm "none" the loss is 0 and has no gradient."""

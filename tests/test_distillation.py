@@ -698,3 +698,99 @@ def test_a_term_without_gradient_has_norm_zero_and_no_cosine():
     assert report["norm none"] == report["norm zero"] == 0 and math.isnan(report["cosine labels, none"]) and report["norm labels"] > 0
     for terms, weights in (({}, list(trunk.parameters())), (dict(a=logits.sum()), [])):
         with pytest.raises(ValueError, match="nothing to compare"): compare_gradients(terms, weights)
+
+
+# ---- several processes, played one after another
+
+def in_turns(loss, parts):
+    "loss(part, gather) of each part: first all hand in their rows, then each gets those of all."
+    handed_in = []
+    for part in parts:
+        try: loss(part, lambda rows: (handed_in.append(rows), (rows, 0))[1])
+        except ValueError: pass                                                          # a part of two videos has no relations of its own
+    gathered = torch.cat(handed_in)
+    assert not gathered.requires_grad
+    return [loss(part, lambda rows, first=part.start: (gathered, first)) for part in parts]
+
+
+@pytest.mark.parametrize("parts", [(slice(0, 3), slice(3, 6)), (slice(0, 2), slice(2, 4), slice(4, 6))])
+def test_relations_spread_over_processes_are_those_of_one_batch_and_so_are_the_gradients(parts):
+    a, b, w = randn(6, 8, 2, 3, 3).double().requires_grad_(), randn(6, 5, 3, 2, 2, seed=1).double(), torch.tensor([1.0, 0, 0.5, 0, 1, 1]).double()
+    whole = relation_loss(a, b, w); expected, = torch.autograd.grad(whole, a)
+    split = sum(in_turns(lambda p, gather: relation_loss(a[p], b[p], w[p], gather), parts)) / len(parts); found, = torch.autograd.grad(split, a)
+    assert abs(whole - split) < 1e-12 and (expected - found).abs().max() < 1e-12 and expected.abs().max() > 1e-4
+    assert abs(sum(relation_loss(a[p], b[p], w[p]) for p in ((slice(0, 3), slice(3, 6)))) / 2 - whole) > 1e-3        # without it they are not
+
+
+def test_processes_of_unequal_size_weigh_by_their_videos():
+    a, b, parts = randn(7, 8, 1, 2, 2).double(), randn(7, 5, 1, 2, 2, seed=1).double(), (slice(0, 5), slice(5, 7))
+    losses = in_turns(lambda p, gather: relation_loss(a[p], b[p], gather=gather), parts)
+    assert (5 * losses[0] + 2 * losses[1]).item() / 7 == pytest.approx(relation_loss(a, b).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["relation", "logit"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_terms_spread_over_processes_are_those_of_one_batch_with_one_exchange_for_all_stages(kind, mixed):
+    double = lambda s, grad: SimpleNamespace(logits=s.logits.detach().double().requires_grad_(grad), stages=OrderedDict((n, m.detach().double().requires_grad_(grad)) for n, m in s.stages.items()))
+    local, global_, *teachers = [double(s, i < 2) for i, s in enumerate(streams())]
+    config, layers = Distillation(intermediate=kind, only_right_teacher=False), Projections(kind, local, global_).double()
+    others, leaves = (LABELS.roll(2), CODES.roll(2), 0.3) if mixed else None, [s.logits for s in (local, global_)] + [m for s in (local, global_) for m in s.stages.values()]
+    part_of = lambda s, p: SimpleNamespace(logits=s.logits[p], stages=OrderedDict((n, m[p]) for n, m in s.stages.items()))
+    def terms(p, gather=None):
+        return distillation_terms(*(part_of(s, p) for s in (local, global_, *teachers)), LABELS[p], CODES[p], config, projections=layers, others=others and (others[0][p], others[1][p], 0.3), gather=gather)[0]
+    exchanges = []
+    def loss(p, gather): return weighted_sum(terms(p, lambda rows: (exchanges.append(rows), gather(rows))[1]), config)
+    whole = weighted_sum(terms(slice(0, 6)), config); expected = torch.autograd.grad(whole, leaves, allow_unused=True)
+    if kind == "logit": split = sum(loss(p, None) for p in (slice(0, 3), slice(3, 6))) / 2
+    else: split = sum(in_turns(loss, (slice(0, 3), slice(3, 6)))) / 2
+    for a, b in zip(expected, torch.autograd.grad(split, leaves, allow_unused=True)): assert a is b is None or (a - b).abs().max() < 1e-12
+    assert abs(whole - split) < 1e-12 and len(exchanges) == (4 if kind == "relation" else 0)
+
+
+def test_three_videos_are_counted_over_all_processes():
+    s = [output(seed, c, n, batch=2) for seed, c, n in ((0, 8, ["c1"]), (10, 12, ["b1"]), (20, 8, ["c1"]), (30, 12, ["b1"]))]
+    terms = lambda gather: distillation_terms(*s, torch.tensor([0, 1]), torch.tensor([1, -1]), Distillation(only_right_teacher=False), gather=gather)[0]["intermediate_to_global"]
+    assert terms(lambda rows: (rows, 0)) == 0 and terms(lambda rows: (torch.cat([rows, randn(*rows.shape, seed=5)]), 0)) > 0
+    with pytest.raises(ValueError, match="3 or more, not 2"): relation_loss(s[0].stages["c1"], s[1].stages["b1"], gather=lambda rows: (rows, 0))
+
+
+# ---- mixed clips
+
+@pytest.mark.parametrize("config", [Distillation(student_below=0.3), Distillation(final="decoupled", only_right_teacher=False), Distillation(intermediate="logit", arm="both", only_right_teacher=False), Distillation(arm="reversed", only_right_teacher=False)])
+def test_terms_of_mixed_clips_are_those_of_both_labels_by_their_shares(config):
+    s, y, c = streams(), LABELS.roll(1), CODES.roll(1); layers = Projections(config.intermediate, *s[:2])
+    run = lambda *given, **more: distillation_terms(*s, *given, config, projections=layers, **more)
+    (both, taught), (first, taught_first), (second, taught_second) = run(LABELS, CODES, others=(y, c, 0.3)), run(LABELS, CODES), run(y, c)
+    for name in first: assert both[name].item() == pytest.approx(0.3 * first[name].item() + 0.7 * second[name].item(), rel=1e-5, abs=1e-7), name
+    for name in taught: assert taught[name].item() == pytest.approx(0.3 * taught_first[name].item() + 0.7 * taught_second[name].item(), abs=1e-6)
+
+
+def test_a_clip_mixed_of_a_local_and_a_global_class_moves_both_streams_by_share():
+    s = streams(); config = Distillation(intermediate_weight=0.0, only_right_teacher=False); ones = torch.ones(6, dtype=torch.long)
+    loss = lambda codes, others=None: distillation_loss(*s, LABELS, codes, config, others=others)[0]
+    moved = lambda loss: torch.autograd.grad(loss, [s[0].logits, s[1].logits])
+    to_local, to_global = moved(loss(ones, (LABELS, -ones, 0.25)))
+    assert torch.allclose(to_global, 0.25 * moved(loss(ones))[1]) and torch.allclose(to_local, 0.75 * moved(loss(-ones))[0]) and to_local.norm() > 0
+
+
+@pytest.mark.parametrize("kind", INTERMEDIATES)
+def test_a_mixture_with_share_one_is_no_mixture(kind):
+    s = streams(); given = dict(places=PLACES, projections=Projections(kind, *s[:2])); config = Distillation(intermediate=kind)
+    plain, whole = (distillation_loss(*s, LABELS, CODES, config, others=others, **given)[0] for others in (None, (LABELS.roll(1), CODES.roll(1), 1.0)))
+    assert torch.equal(plain, whole)
+
+
+def test_mixed_clips_refuse_what_has_no_meaning():
+    s = streams(); others = (LABELS, CODES, 0.5)
+    for kind in ("hint", "attention"):
+        with pytest.raises(ValueError, match=f"{kind}.*shows two videos.*mixup and cutmix off.*'relation' or 'logit'"): distillation_loss(*s, LABELS, CODES, Distillation(intermediate=kind), others=others, places=PLACES, projections=Projections(kind, *s[:2]))
+    with pytest.raises(ValueError, match="share in others.*not 1.5"): distillation_loss(*s, LABELS, CODES, others=(LABELS, CODES, 1.5))
+    with pytest.raises(ValueError, match=r"labels must have shape \(6,\)"): distillation_loss(*s, LABELS, CODES, others=(LABELS[:3], CODES, 0.5))
+
+
+def test_an_averaged_teacher_keeps_its_kinds_of_numbers():
+    torch.manual_seed(0); stream = Tiny(); stream.top.bfloat16(); teacher = Teacher(stream, "averaged", decay=0.75)
+    teacher.copy.double(); before = teacher.copy.top.bias.clone()
+    with torch.no_grad(): stream.top.bias += 1
+    teacher.update(stream)
+    assert teacher.copy.top.bias.dtype == torch.float64 and torch.allclose(teacher.copy.top.bias, 0.75 * before + 0.25 * stream.top.bias.double())
