@@ -11,6 +11,7 @@ from mbd.fusion import AdaptiveFusion, MeanFusion
 from mbd.global_stream import GlobalStream
 from mbd.local_stream import LocalStream
 from mbd.model import MBD
+from mbd.recipes import Mixing
 from mbd.training import Training, calibrate, fit_fusions, measure_map, optimiser, predict, train
 
 CLASSES = ["red", "green", "blue"]
@@ -217,7 +218,7 @@ def test_every_intermediate_loss_teaches_and_only_projections_are_added(intermed
     kept, off = schools(monkeypatch), trained(distillation=replace(TEACH, intermediate_weight=0.))[0]
     model, rows = trained(Training(epochs=2, batch_size=8), replace(TEACH, intermediate=intermediate, intermediate_weight=2.))
     assert rows[-1]["intermediate_to_local"] > 0 and not equal(weights(model), weights(off))
-    layers = dict(kept[1].layers.named_parameters())
+    layers = {} if kept[1].layers is None else dict(kept[1].layers.named_parameters())
     assert bool(layers) == (intermediate in ("logit", "hint"))
     untrained = dict(training.Projections(intermediate, *(getattr(model, n)(data()[0][n][None]) for n in ("local", "global_")), seed=0).named_parameters())
     assert all(not torch.equal(value, untrained[name]) for name, value in layers.items() if "weight" in name)      # they learn
@@ -300,33 +301,137 @@ def test_a_spike_in_one_stream_does_not_change_the_steps_of_the_other_while_it_t
 def test_gradients_of_each_stream_are_clipped(monkeypatch):
     norms, inner = [], torch.optim.AdamW.step
     def spy(self, *given, **more):
-        norms.append(torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm().item())
+        for stream in ("local.", "global."): norms.append(torch.stack([p.grad.norm() for g in self.param_groups for n, p in zip(g["names"], g["params"]) if n.startswith(stream)]).norm().item())
         return inner(self, *given, **more)
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     trained(Training(epochs=1, batch_size=8, clip_norm=.01), change=spike)
     assert len(norms) == 6 and max(norms) <= .01 + 1e-5 and min(norms) > .005
 
 
+class Spoilt:
+    "Training data of which some steps' local clips are NaN."
+    def __init__(self, inner, steps, key="local"): self.__dict__.update(inner.__dict__, steps=steps, key=key, inner=inner)
+    def __len__(self): return len(self.inner)
+    def batches(self, batch_size, shuffle):
+        self.inner.seed, self.inner.epoch, self.count = self.seed, self.epoch, getattr(self, "count", 0)
+        outer = self
+        class Loader:
+            def all(self, first=0):
+                for batch in training.batches(outer.inner, batch_size, shuffle):
+                    outer.count += 1
+                    yield batch | {outer.key: batch[outer.key]*float("nan")} if outer.count in outer.steps else batch
+        return Loader()
+
+
+@pytest.mark.parametrize("key", ["local", "global_"])
+@pytest.mark.parametrize("teach", [None, TEACH])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(key, teach):
+    "Four steps of which the second is spoilt move the weights as the other three do, but for the rate's schedule."
+    model = make()
+    rows = train(model, Spoilt(data(), {2, 5}, key), Training(epochs=2, batch_size=8), distillation=teach, stage="distil")
+    assert [r["skipped"] for r in rows] == [1, 1, 1, 1] and all(math.isfinite(r["loss"]) and math.isfinite(r["accuracy"]) for r in rows)
+    assert all(torch.isfinite(v).all() for v in weights(model).values()) and not equal(weights(model), weights(make()))
+
+
+def test_a_skipped_step_leaves_everything_as_it_was(monkeypatch):
+    model = make()
+    with training.Trainer(model, 10, Training(batch_size=8, average=.5), TEACH) as trainer:
+        good = next(iter(training.batches(data(), 8, shuffle=True)))
+        trainer.step([good])
+        before = {n: v.clone() for n, v in training._tensors(trainer).items()}
+        assert trainer.step([good | {"global_": good["global_"]*float("inf")}]) == ({}, {}) and (trainer.skipped, trainer.in_a_row, trainer.done) == (1, 1, 2)
+        assert equal(before, training._tensors(trainer))      # weights, running statistics, moments, averages
+        trainer.step([good])
+        assert trainer.in_a_row == 0 and not equal(before, training._tensors(trainer))
+
+
 @pytest.mark.parametrize("stream", ["local", "global_"])
-def test_a_loss_that_is_not_finite_stops_at_once_with_stage_and_epoch(stream):
+def test_too_many_skipped_steps_end_the_stage_with_its_name_and_a_remedy(stream):
     def broken(model): getattr(model, stream).head.bias.data.fill_(float("nan"))
     model = make(); broken(model)
-    before = {n: v for n, v in weights(model).items() if n.endswith(("weight", "moment", "place")) }
-    with pytest.raises(FloatingPointError, match="distil, epoch 1: the loss is nan; lower the learning rate"): train(model, data(), stage="distil")
-    assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match=r"distil, epoch 1, step 5: the gradient was not finite in 5 steps in a row; lower learning_rate.*max_skipped = 4"):
+        train(model, data(), Training(epochs=3, batch_size=4, max_skipped=4), stage="distil")
+    assert all(torch.equal(v, before[n]) or v.isnan().any() for n, v in weights(model).items())
+    with pytest.raises(FloatingPointError, match=r"warm-up, epoch 1: the gradient was finite in none of 3 steps"): train(model, data(), Training(epochs=1, batch_size=8))
 
 
 def test_biases_norms_and_positions_are_spared_from_decay():
     model = make()
-    for stream in (model.local, model.global_):
-        adam, schedule = optimiser(stream, 1e-2, 10, .3)
-        names = {id(p): n for n, p in stream.named_parameters()}
-        groups = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in adam.param_groups}
-        assert set(groups) == {.3, 0.} and groups[.3] | groups[0.] == set(names.values()) and "head.weight" in groups[.3]
-        assert all(n.endswith("bias") or "norm" in n or n in ("moment", "place") or dict(stream.named_parameters())[n].ndim == 1 for n in groups[0.])
-    rates = []
-    for _ in range(10): rates.append(adam.param_groups[0]["lr"]); adam.step(); schedule.step()
-    assert max(rates) == pytest.approx(1e-2, rel=.1) and rates[0] < .1 * max(rates) and rates[-1] < .1 * max(rates)
+    adam = optimiser({"local": model.local, "global": model.global_}, Training(learning_rate=1e-2, weight_decay=.3))
+    named = {f"{s}.{n}": p for s, stream in (("local", model.local), ("global", model.global_)) for n, p in stream.named_parameters()}
+    groups = {}
+    for g in adam.param_groups:
+        assert all(named[n] is p for n, p in zip(g["names"], g["params"], strict=True))
+        groups.setdefault(g["weight_decay"], set()).update(g["names"])
+    assert set(groups) == {.3, 0.} and groups[.3] | groups[0.] == set(named) and {"local.head.weight", "global.head.weight"} <= groups[.3]
+    assert all(n.endswith("bias") or "norm" in n or n.rsplit(".")[-1] in ("moment", "place") or named[n].ndim == 1 for n in groups[0.])
+
+
+def test_the_rate_rises_and_falls_along_the_steps(monkeypatch):
+    rates, inner = [], torch.optim.AdamW.step
+    def spy(self, *given, **more): rates.append(self.param_groups[0]["lr"]); return inner(self, *given, **more)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    trained(Training(epochs=4, batch_size=8, learning_rate=1e-2, warm_up=.25))
+    assert len(rates) == 12 and max(rates) == pytest.approx(1e-2, rel=.05) and rates.index(max(rates)) in (2, 3) and rates[0] < .5*max(rates) and rates[-1] < .1*max(rates)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_the_rate_of_the_global_stream_alone_decays_from_layer_to_layer():
+    model = make()
+    groups = optimiser({"local": model.local, "global": model.global_}, Training(layer_decay=.5)).param_groups
+    rate = {n: g["peak"] for g in groups for n in g["names"]}
+    assert {r for n, r in rate.items() if n.startswith("local.")} == {2e-3} and rate["global.head.weight"] == 2e-3
+    assert min(r for n, r in rate.items() if "stem" in n) < rate["global.head.weight"]/2
+
+
+# ---- the recipe
+
+@pytest.mark.parametrize("teach", [None, replace(TEACH, intermediate="logit")])
+def test_a_step_in_pieces_is_the_step_as_a_whole(teach):
+    "SGD, float64, frozen normalisation: what is left of the difference is rounding."
+    def double(model): model.double(); model.map.reference
+    settings = Training(epochs=2, batch_size=8, optimiser="sgd", learning_rate=.05, batch_norm="frozen")
+    whole, pieces = trained(settings, teach, change=double)[0], trained(replace(settings, accumulate=4), teach, change=double)[0]
+    assert all(torch.allclose(v.double(), weights(pieces)[n].double(), atol=1e-12, rtol=0) for n, v in weights(whole).items()) and not equal(weights(whole), weights(make().double()))
+
+
+def test_averaged_weights_are_what_a_stage_ends_with():
+    last, averaged = trained(Training(epochs=4, batch_size=8, learning_rate=1e-2))[0], trained(Training(epochs=4, batch_size=8, learning_rate=1e-2, average=.9))[0]
+    start, name = make(), "head.weight"
+    a, b, c = (m.local.state_dict()[name] for m in (last, averaged, start))
+    assert not torch.equal(a, b) and (b - c).norm() < (a - c).norm()      # it lags behind
+
+
+def test_frozen_normalisation_keeps_its_statistics():
+    moved, kept = trained()[0], trained(Training(epochs=1, batch_size=8, batch_norm="frozen"))[0]
+    mean = next(n for n in weights(moved) if n.endswith("running_mean"))
+    assert torch.equal(weights(kept)[mean], weights(make())[mean]) and not torch.equal(weights(moved)[mean], weights(make())[mean])
+
+
+def test_mixed_clips_train_and_teach():
+    mixed = Training(epochs=6, batch_size=8, learning_rate=1e-2, mixing=Mixing(mixup=.3))
+    model, rows = trained(mixed, TEACH)
+    assert not equal(weights(model), weights(trained(replace(mixed, mixing=Mixing()), TEACH)[0]))
+    answers = predict(model, data(False))
+    for z in (answers.local, answers.global_): assert (z.mean(1).argmax(1) == answers.labels).float().mean() > .7
+    with pytest.raises(ValueError, match="two videos.*relation"): trained(mixed, replace(TEACH, intermediate="hint"))
+
+
+def test_streams_that_draw_give_the_same_weights_again_and_keep_the_callers_generator():
+    def drops(model): model.local.head = torch.nn.Sequential(torch.nn.Dropout(.5), model.local.head); model.global_.head = torch.nn.Sequential(torch.nn.Dropout(.5), model.global_.head)
+    torch.manual_seed(7); state = torch.get_rng_state()
+    first, again, other = trained(change=drops)[0], trained(change=drops)[0], trained(replace(Training(epochs=1, batch_size=8), seed=1), change=drops)[0]
+    assert equal(weights(first), weights(again)) and not equal(weights(first), weights(other))
+    torch.manual_seed(7); model = make(); torch.manual_seed(7); train(model, data(), Training(epochs=1, batch_size=8))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="batch_size = 9 .*multiple of 2"): trained(Training(epochs=1, batch_size=9, accumulate=2))
+    with pytest.raises(ValueError, match="24 videos"): trained(Training(epochs=1, batch_size=48, accumulate=2))
+    with pytest.raises(ValueError, match="'synced' joins the statistics of several GPUs"): trained(Training(epochs=1, batch_size=8, batch_norm="synced"))
+    with pytest.raises(ValueError, match="float16 needs a CUDA"): trained(Training(epochs=1, batch_size=8, precision="float16"))
 
 
 @pytest.mark.parametrize("teach", [None, TEACH])
@@ -337,7 +442,8 @@ def test_bfloat16_stays_finite_and_near(teach):
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in full], rel=.1) and [r["loss"] for r in rows] != [r["loss"] for r in full]
 
 
-@pytest.mark.parametrize("change, words", [(dict(epochs=-1), "epochs"), (dict(epochs=1.5), "epochs"), (dict(batch_size=1), "batch_size must be a whole number of at least 2"), (dict(precision="float16"), "precision must be float32 or bfloat16, not 'float16'"),
+@pytest.mark.parametrize("change, words", [(dict(epochs=-1), "epochs"), (dict(epochs=1.5), "epochs"), (dict(batch_size=1), "batch_size must be a whole number of at least 2"), (dict(precision="half"), "precision must be float32, bfloat16 or float16, not 'half'"), (dict(optimiser="adam"), "optimiser must be adamw or sgd"), (dict(average=1.), "average must be at least 0 and below 1"),
+                                           (dict(layer_decay=0), "layer_decay"), (dict(accumulate=0), "accumulate"), (dict(batch_norm="off"), "batch_norm must be"),
                                            (dict(learning_rate=0), "learning_rate must be above 0"), (dict(learning_rate=float("nan")), "learning_rate"), (dict(clip_norm=-1), "clip_norm")])
 def test_impossible_settings(change, words):
     with pytest.raises(ValueError, match=words): Training(**change)
