@@ -80,6 +80,36 @@ def _features(words):
     options = {name: value for name, value in vars(words).items() if name not in ("function", "progress")}
     print(features.features_command(**options, progress=_bar(f"features of {words.backbone}")))
 
+# %% ../nbs/17_cli.ipynb #0b6e04b5
+def _train(words):
+    "Run an experiment without its notebook, in one process or many."
+    os.environ.update({name: value for name, value in _processes().items()})
+    from mbd import devices, experiment, schedule, training
+    given = dict(_parameter(*pair) for pair in words.parameter)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: devices.accelerator(given.get("device") or settings.load().device)          # the processes find each other
+    run = experiment.start(words.experiment, given)
+    try: record = schedule.Schedule(run).carry_out()
+    except training.Stopped as stopped:
+        run.fail(f"stopped by a signal: {stopped}")
+        print(f"mbd: {stopped}; the same command continues", file=sys.stderr)
+        return devices.UNFINISHED
+    except BaseException as error:
+        run.fail(error)
+        raise
+    if run.main: print(experiment.summary(record))
+
+def _processes():
+    "What SLURM says of this task's place, where it started several."
+    from mbd import devices
+    return devices.from_slurm()
+
+def _parameter(name, value):
+    "A parameter as papermill would read it: numbers, True and False, None; else a text."
+    import ast
+    try: known = ast.literal_eval(value)
+    except (ValueError, SyntaxError): known = value
+    return name, known if isinstance(known, (int, float, str, type(None))) else value
+
 # %% ../nbs/17_cli.ipynb #2fe9ef29
 def _analyse(words):
     "Whom of two models to trust where, and whether to mix them."
@@ -104,6 +134,24 @@ def _bench_pairs(words):
     from mbd import pairs
     command = f"mbd bench pairs --batch {words.batch} --rounds {words.rounds} --device {words.device}"
     print(pairs.pairs_table(words.output, batch_size=words.batch, rounds=words.rounds, device=settings.load(device=words.device).device, command=command, progress=_bar("measuring", "streams")))
+
+def _typed(words, *names):
+    "What was typed, options that were not given left out."
+    given = [(name, value) for name in names for value in (getattr(words, name) if isinstance(getattr(words, name), list) else [getattr(words, name)]) if value not in (None, False)]
+    return " ".join([f"mbd bench {words.what}", *(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in given)])
+
+def _bench_inference(words):
+    "Seconds to the fused answer."
+    from mbd import speed
+    print(speed.inference_table(words.output, pairs=words.pair, batches=words.batch or (1, 16), device=settings.load(device=words.device).device, compiled=not words.no_compile, rounds=words.rounds,
+                                precision=words.precision, command=_typed(words, "pair", "batch", "rounds", "device", "precision", "no_compile"), progress=_bar("measuring", "lines")))
+
+def _bench_train(words):
+    "A step of MBD beside its two streams alone."
+    from mbd import speed
+    conf = settings.load(device=words.device)
+    print(speed.train_table(words.output, pairs=words.pair, variants=words.variant or ("plain",), batch_size=words.batch, precision=words.precision, device=conf.device, workers=words.workers, rounds=words.rounds,
+                            epochs=words.epochs, command=_typed(words, "pair", "variant", "batch", "precision", "device", "workers", "rounds", "epochs"), progress=_bar("measuring", "sections")))
 
 def _bench_features(words):
     "The schedule on generated features of UCF101's size."
@@ -182,6 +230,14 @@ def _features_parser(commands):
     stored.add_argument("--retry", action="store_true", help="read videos again that were unreadable before")
 
 # %% ../nbs/17_cli.ipynb #d4980e49
+def _train_parser(commands):
+    "The words of `mbd train`."
+    whole = commands.add_parser("train", help="run an experiment without its notebook", description="Run an experiment without its notebook: what accelerate launch -m mbd.cli train, or srun mbd train, start in several processes. Continues what was begun; the notebook, run with the same parameters, then finds all stages done and draws the figures.")
+    whole.set_defaults(function=_train)
+    whole.add_argument("experiment", metavar="EXPERIMENT", help="ucf101")
+    whole.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a line of the notebook's first cell; may be repeated")
+
+# %% ../nbs/17_cli.ipynb #4297211d
 def _analyse_parser(commands):
     "The words of `mbd analyse`."
     two = commands.add_parser("analyse", help="compare two models from their stored predictions", description="Whom of two models to trust on which class, whether mixing them helps, and how sure that is: from predictions stored as .npz (ids, labels, logits; sources, classes) or .csv (id,label[,source], one column a class).")
@@ -197,6 +253,25 @@ def _analyse_parser(commands):
     two.add_argument("--most", type=_positive, default=20_000, metavar="N", help="videos a temperature or a fusion is fitted on, at most (default %(default)s)")
     two.add_argument("--every-video", action="store_true", help="write videos.csv for more than 200,000 videos, too")
 
+# %% ../nbs/17_cli.ipynb #e3a52e30
+def _speed_parser(bench):
+    "The words of `mbd bench inference` and `mbd bench train`."
+    answers = bench.add_parser("inference", help="seconds to the fused answer, plain and compiled", description="Seconds and videos a second of the fused model: both streams, calibration and fusion, plain and compiled (chapter 14)")
+    answers.add_argument("--batch", type=_positive, action="append", metavar="N", help="videos at once; may be repeated (1 and 16, if not given)")
+    answers.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    whole = bench.add_parser("train", help="a training step of MBD beside its two streams alone", description="Seconds and memory of a training step of MBD beside its two streams trained alone and its teachers' forward passes; each in a process of its own (chapter 14)")
+    whole.add_argument("--batch", type=_positive, default=4, metavar="N", help="videos in a step, 3 or more (default %(default)s)")
+    whole.add_argument("--variant", action="append", metavar="NAME", help="plain, compile, channels_last, checkpointing or math_attention, or several joined by +; may be repeated (plain, if not given)")
+    whole.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read the film (default %(default)s)")
+    whole.add_argument("--epochs", type=_positive, default=30, metavar="N", help="of the projected hours (default %(default)s)")
+    for what, some, function in (("inference", answers, _bench_inference), ("train", whole, _bench_train)):
+        some.add_argument("--output", metavar="FILE", help="write the table here too (Markdown)")
+        some.add_argument("--pair", action="append", metavar="DATASET/NAME", help="as ucf101/pretrained (chapter 12); may be repeated (the default pair of each data set, if not given)")
+        some.add_argument("--rounds", type=_positive, default=5, metavar="N", help="in which all take their turn (default %(default)s)")
+        some.add_argument("--precision", choices=("float32", "bfloat16"), help="of the forward pass (bfloat16 on CUDA, else float32, if not given)")
+        some.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
+        some.set_defaults(function=function, what=what)
+
 # %% ../nbs/17_cli.ipynb #eb96f357
 def parser():
     "The parser of the whole command."
@@ -205,6 +280,7 @@ def parser():
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _data_parser(commands)
     _features_parser(commands)
+    _train_parser(commands)
     _analyse_parser(commands)
     bench = commands.add_parser("bench", help="measure speed on this machine").add_subparsers(required=True, metavar="WHAT")
     data = bench.add_parser("data", help="clips a second: reading and transforms", description="Clips a second: reading and transforms, by decoder, codec, key frames, workers and clip length")
@@ -219,6 +295,7 @@ def parser():
     steps.add_argument("--rounds", type=_positive, default=3, metavar="N", help="steps that are timed (default %(default)s)")
     steps.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     steps.set_defaults(function=_bench_pairs)
+    _speed_parser(bench)
     door = bench.add_parser("features", help="the schedule on generated features of UCF101's size", description="The schedule on GENERATED features of UCF101's size, 3 splits: time and spread; continues what was begun")
     door.add_argument("folder", metavar="FOLDER", help="where generated features and the table of runs are made, or found")
     door.add_argument("--seeds", type=_positive, default=20, metavar="N", help="on each split (default %(default)s)")
@@ -232,7 +309,7 @@ def main(
 ) -> int: # exit status
     "Run one command."
     asked = parser().parse_args(words)
-    try: asked.function(asked)
+    try: return asked.function(asked) or 0
     except KeyboardInterrupt:
         print("mbd: stopped; the same command continues where it was", file=sys.stderr)
         return 130
@@ -245,3 +322,5 @@ def main(
         print(f"mbd: {text}" if isinstance(error, (UsageError, ValueError, OSError)) or type(error).__module__.startswith("mbd.") else f"mbd: {type(error).__name__}: {text}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, ValueError)) else 1
     return 0
+
+if __name__ == "__main__" and __spec__ is not None: sys.exit(main())          # python -m mbd.cli; a notebook has no spec

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNEQUAL', 'PAIRS', 'Cost', 'count_cost', 'stream_cost', 'Side', 'Pair', 'solo', 'compared', 'flag', 'map_refused',
-           'find_pair', 'table', 'make_streams', 'step_time', 'pairs_table']
+           'find_pair', 'table', 'make_streams', 'step_time', 'distinct', 'measured_on', 'spread', 'within_memory',
+           'pairs_table']
 
 # %% ../nbs/12_pairs.ipynb #bf46ddb0
 import contextlib, functools, time
@@ -237,22 +238,47 @@ def step_time(
 # %% ../nbs/12_pairs.ipynb #aac59138
 def _key(side): return side.backbone, side.view.frames, side.view.size
 
-def _distinct(datasets):
-    "{(local, global) as measured: (sides, names of the pairs)}, cheapest first; and the GFLOPs of each stream."
+def distinct(
+    pairs, # entries of `PAIRS`, or your own
+) -> tuple: # ({(local, global): (pair, names of all such pairs)}, cheapest first; {stream: GFLOPs of a view})
+    "Pairs that compute the same are one: a stream is (backbone, frames, pixels) here."
     found, gflops = {}, {}
-    for pair in (pair for name in datasets for pair in PAIRS[name].values()):
+    for pair in pairs:
         sides = pair.local, pair.global_
         gflops.update({_key(side): stream_cost(side.backbone, side.view).gflops for side in sides})
-        found.setdefault(tuple(map(_key, sides)), (sides, []))[1].append(f"{pair.dataset} {pair.name}")
+        found.setdefault(tuple(map(_key, sides)), (pair, []))[1].append(f"{pair.dataset} {pair.name}")
     return dict(sorted(found.items(), key=lambda item: sum(gflops[key] for key in item[0]))), gflops
 
-def _heading(batch_size, rounds, device, command):
+def measured_on(
+    title, # of the report
+    device, # torch device
+    command, # what was typed
+) -> list: # lines of Markdown; the last one begins with the device and wants to be continued
+    "How a report of this kit begins: machine, versions, command."
     versions = []
-    for name in ("torchvision", "timm"):
+    for name in ("torchvision", "timm", "accelerate"):
         with contextlib.suppress(metadata.PackageNotFoundError): versions.append(f"{name} {metadata.version(name)}")
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return ["# Seconds of one training step", "", ", ".join([machine(), *versions]), "", f"`{command}`", "",
-            f"{where}; {batch_size} clips a step, float32; forward, backward and AdamW; random weights and clips. Median of {rounds} steps after one that does not count [least, most]; on a CPU then the processor seconds of all threads, least of the steps: other programs on the machine change them little. "
+    return [f"# {title}", "", ", ".join([machine(), *versions]), "", f"`{command}`", "", where]
+
+def spread(
+    seconds, # of each round
+) -> str:
+    "Median [least, most], three digits."
+    return f"{median(seconds):.3g} [{min(seconds):.3g}, {max(seconds):.3g}]"
+
+def within_memory(
+    measurement, # a function without arguments
+): # what it returns, or "out of memory"
+    "Measure, unless memory is refused."
+    try: return measurement()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error): raise
+        return "out of memory"
+
+def _heading(batch_size, rounds, device, command):
+    *lines, where = measured_on("Seconds of one training step", device, command)
+    return [*lines, f"{where}; {batch_size} clips a step, float32; forward, backward and AdamW; random weights and clips. Median of {rounds} steps after one that does not count [least, most]; on a CPU then the processor seconds of all threads, least of the steps: other programs on the machine change them little. "
             "Streams are measured alone, one after the other; \"both\" adds their medians. GFLOPs: forward pass of one view, multiply and add are two.", "",
             "| local stream | global stream | GFLOPs | s, local | s, global | s, both | clips/s | pairs |", "|" + "---|"*8]
 
@@ -260,8 +286,7 @@ def _row(job, gflops, times, batch_size, names, gpu=False):
     "One line of the report; `times` are lists of (seconds, processor seconds), or words."
     def show(rounds):
         if isinstance(rounds, str): return rounds
-        walls = [wall for wall, _ in rounds]
-        return f"{median(walls):.3g} [{min(walls):.3g}, {max(walls):.3g}]" + (f"; {min(work for _, work in rounds):.3g} CPU" if not gpu else "")
+        return spread([wall for wall, _ in rounds]) + (f"; {min(work for _, work in rounds):.3g} CPU" if not gpu else "")
     both = None if any(isinstance(t, str) for t in times) else sum(median(wall for wall, _ in t) for t in times)
     ends = ["-", "-"] if both is None else [f"{both:.3g}", f"{batch_size / both:.3g}"]
     streams = [f"{name}, {frames} x {size} px" for name, frames, size in job]
@@ -280,16 +305,13 @@ def pairs_table(
     "Markdown: seconds of one training step of each pair, cheapest first, written line by line. Raises ValueError."
     for name in datasets or (): find_pair(name)
     if batch_size < 2 or rounds < 1: raise ValueError(f"batch_size must be at least 2 and rounds at least 1, not {batch_size} and {rounds}")
-    jobs, gflops = _distinct(datasets or PAIRS)
+    jobs, gflops = distinct(pair for name in datasets or PAIRS for pair in PAIRS[name].values())
     text, measured = Report(report, len(jobs)), {}
     text.text += _heading(batch_size, rounds, device, command); text.save()
-    for job, (sides, names) in jobs.items():
-        for key, side in zip(job, sides):
+    for job, (pair, names) in jobs.items():
+        for key, side in zip(job, (pair.local, pair.global_)):
             if key in measured: continue
-            try: measured[key] = _step(side, batch_size, device, rounds)
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error): raise
-                measured[key] = "out of memory"
+            measured[key] = within_memory(lambda: _step(side, batch_size, device, rounds))
             if torch.device(device).type == "cuda": torch.cuda.empty_cache()
             if progress: progress(len(measured), len(gflops))
         text.add(_row(job, gflops, [measured[key] for key in job], batch_size, names, torch.device(device).type == "cuda"))

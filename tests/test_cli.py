@@ -101,7 +101,7 @@ def test_prepare_hands_the_words_on(monkeypatch, capsys, tmp_path):
     assert asked["urls"] == "https://other.example.org" and asked["keep"] is True and "3 videos" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["bench"], ["bench", "data"]])
+@pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["bench"], ["bench", "data"], ["bench", "inference"], ["bench", "train"]])
 def test_help_of_everything(words, capsys):
     with pytest.raises(SystemExit) as ended: cli.main([*words, "--help"])
     assert ended.value.code == 0 and capsys.readouterr().out.startswith("usage: mbd")
@@ -164,3 +164,26 @@ def test_analyse_names_the_bad_file(tmp_path, capsys):
     (tmp_path / "cut.npz").write_bytes(Path(a).read_bytes()[:500])
     for second, status, said in (("cut.npz", 2, "cut.npz: not a whole .npz"), ("gone.npz", 1, "gone.npz")):
         assert cli.main(["analyse", a, str(tmp_path / second)]) == status and said in capsys.readouterr().err
+
+
+def test_bench_inference_and_train_hand_the_words_on(monkeypatch, capsys):
+    "What was typed stands in the report as it was typed, so that it can be typed again."
+    from mbd import speed
+    asked = []
+    for name in ("inference_table", "train_table"): monkeypatch.setattr(speed, name, lambda report, name=name, **given: asked.append((name, report, given)) or f"{name}: a table", raising=False)
+    assert cli.main(["bench", "inference"]) == 0 and "inference_table: a table" in capsys.readouterr().out
+    assert cli.main(["bench", "inference", "--pair", "ucf101/hand", "--pair", "ssv2/hand", "--batch", "2", "--no-compile", "--output", "a.md", "--precision", "bfloat16"]) == 0
+    assert cli.main(["bench", "train", "--variant", "plain", "--variant", "compile+channels_last", "--batch", "8", "--workers", "2", "--rounds", "3"]) == 0
+    plain, words, train = [{key: value for key, value in given.items() if key != "progress"} for _, _, given in asked]
+    assert plain == dict(pairs=None, batches=(1, 16), device="cpu", compiled=True, rounds=5, precision=None, command="mbd bench inference --rounds 5 --device auto")
+    assert words == dict(pairs=["ucf101/hand", "ssv2/hand"], batches=[2], device="cpu", compiled=False, rounds=5, precision="bfloat16",
+                         command="mbd bench inference --pair ucf101/hand --pair ssv2/hand --batch 2 --rounds 5 --device auto --precision bfloat16 --no-compile") and asked[1][1] == "a.md"
+    assert train == dict(pairs=None, variants=["plain", "compile+channels_last"], batch_size=8, precision=None, device="cpu", workers=2, rounds=3, epochs=30,
+                         command="mbd bench train --variant plain --variant compile+channels_last --batch 8 --device auto --workers 2 --rounds 3 --epochs 30")
+    assert cli.parser().parse_args(train["command"].split()[1:]).variant == ["plain", "compile+channels_last"]
+    for words in (["inference", "--batch", "0"], ["train", "--precision", "int8"]):
+        with pytest.raises(SystemExit): cli.main(["bench", *words])
+
+
+def test_bench_names_a_wrong_pair(capsys):
+    assert cli.main(["bench", "inference", "--pair", "ucf101/hnad"]) == 2 and "did you mean 'hand'" in capsys.readouterr().err

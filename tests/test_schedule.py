@@ -1,0 +1,121 @@
+"The steps of a run, without a notebook: a run is found again and goes on, and only what is asked for changes it."
+import json, os, subprocess, sys
+from dataclasses import replace
+import pytest, torch
+from mbd import experiment, training
+from mbd.cli import main
+from mbd.experiment import ParameterError
+from mbd.schedule import Schedule
+from mbd.settings import Settings
+
+ASKED = dict(preset="smoke", train_videos=40, test_videos=20, resamples=200, checkpoint_minutes=0.)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory): return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture
+def settings(tmp_path, videos): return Settings(data={"miniactions": videos}, reports=tmp_path/"reports")
+
+
+def go(settings, **more): return Schedule(experiment.start("ucf101", ASKED | more, settings))
+
+
+def test_a_run_that_ended_early_goes_on_and_ends_as_if_it_had_not(settings, monkeypatch, capsys):
+    whole = go(settings, seed=1, resume=False).carry_out()
+    first = go(settings, seed=1, control=True)
+    monkeypatch.setattr(Schedule, "fuse", lambda self: 1/0)
+    with pytest.raises(ZeroDivisionError): first.carry_out()
+    first.run.fail("a power cut")
+    monkeypatch.undo()
+    again = go(settings, seed=1)
+    assert "which goes on: it was failed" in capsys.readouterr().out and again.run.folder == first.run.folder
+    trained, inner = [], training.Trainer.step
+    monkeypatch.setattr(training.Trainer, "step", lambda self, *given, **more: trained.append(1) or inner(self, *given, **more))
+    record = again.carry_out()
+    assert not trained and record["top1"] == whole["top1"] and record["sessions"][0]["reason"] == "a power cut"
+    assert len((again.run.folder/"log.csv").read_text().splitlines()) == 1 + 3*2 and [s["name"] for s in record["stages"]].count("warm-up") == 1
+    other, log = (next(f for f in settings.reports.glob("*/*") if f != again.run.folder)/"log.csv"), again.run.folder/"log.csv"
+    assert [line.split(",")[:5] for line in other.read_text().splitlines()] == [line.split(",")[:5] for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("change", [dict(seed=3), dict(smoothing=.1), dict(distil_epochs=2), dict(resume=False)])
+def test_a_run_with_another_parameter_begins_anew(settings, change):
+    first = go(settings, seed=2); first.find().build().read()
+    (first.run.checkpoints/"stages"/"x").touch(); first.run.fail("stopped")
+    assert go(settings, seed=2, workers=1, checkpoint_minutes=5., tensorboard=False).run.folder == first.run.folder
+    experiment._current.fail("stopped")
+    assert go(settings, **{"seed": 2} | change).run.folder != first.run.folder
+
+
+def test_a_run_of_another_commit_begins_anew(settings, monkeypatch):
+    first = go(settings); (first.run.checkpoints/"stages"/"x").touch(); first.run.fail("stopped")
+    monkeypatch.setattr(experiment, "commit", lambda: "0123456789ab")
+    assert go(settings).run.folder != first.run.folder
+
+
+def test_a_running_run_is_not_taken_over(settings):
+    script = f"from mbd import experiment, settings; from pathlib import Path\nrun = experiment.start('ucf101', {ASKED!r}, settings.Settings(data={{'miniactions': Path('x')}}, reports=Path({str(settings.reports)!r})))\n(run.checkpoints/'x').touch(); print('ready', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        while "ready" not in child.stdout.readline(): assert child.poll() is None
+        (theirs,) = settings.reports.glob("*/*")
+        assert go(settings).run.folder != theirs
+    finally: child.kill(); child.wait()
+    experiment._current.fail("stopped")
+    assert experiment.unfinished(theirs.parent, experiment.resolve(experiment.check_parameters(ASKED, "ucf101"), "ucf101", settings)[0]) is not None
+
+
+def test_the_recipe_of_a_run_is_that_of_its_stages(settings):
+    p = experiment.start("ucf101", ASKED | dict(optimiser="sgd", mixup=.2, average=.9, accumulate=2, rate_warm_up=.3), settings).parameters
+    made = experiment.recipe(p, epochs=3, learning_rate=.1, seed=4)
+    assert (made.optimiser, made.mixing.mixup, made.average, made.accumulate, made.warm_up, made.epochs, made.batch_size) == ("sgd", .2, .9, 2, .3, 3, 8)
+    fields = set(training.Training.__dataclass_fields__) - {"epochs", "seed", "mixing", "warm_up", "clip_norm"}
+    assert fields <= set(vars(p))      # every other field is a parameter of the same name
+    with pytest.raises(ParameterError, match="optimiser"): experiment.start("ucf101", ASKED | dict(optimiser="adam"), settings)
+
+
+def test_parts_cannot_be_computed_again_where_a_stream_cannot(settings):
+    with pytest.raises(ParameterError, match="checkpointing = True, but hand_cnn cannot"): go(settings, checkpointing=True).find().build()
+
+
+def test_the_log_for_tensorboard_holds_the_lines_of_the_log(settings):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = experiment.start("ucf101", ASKED | {"tensorboard": True}, settings)
+    for epoch in (1, 2): run.log(stage="warm-up", epoch=epoch, stream="local", loss=1/epoch, accuracy=.5)
+    run.board.flush()
+    events = EventAccumulator(str(run.folder/"tensorboard")); events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("warm-up/loss/local")] == [(1, 1.), (2, .5)]
+
+
+def test_the_command_trains_and_its_mistakes_are_one_line(tmp_path, videos, monkeypatch, capsys):
+    monkeypatch.setenv("MBD_REPORTS", str(tmp_path/"reports")); monkeypatch.setenv("MBD_DATA_MINIACTIONS", str(videos)); monkeypatch.setenv("MBD_PROGRESS", "none"); monkeypatch.setenv("MBD_DEVICE", "cpu")
+    words = ["train", "ucf101", *(w for n, v in ASKED.items() for w in ("-p", n, str(v)))]
+    assert main([*words, "-p", "control", "False", "-p", "data", "generated"]) == 0
+    (file,) = (tmp_path/"reports").glob("*/*/result.json")
+    record, first = json.loads(file.read_text()), capsys.readouterr().out
+    assert record["status"] == "complete" and record["processes"] == 1 and record["skipped_steps"] == 0 and record["notebook"] is False and record["control"] is None
+    assert [s["name"] for s in record["stages"]] == ["generate", "decode", "warm-up", "map", "distil", "fuse and test"] and all(s["seconds"] >= 0 for s in record["stages"])
+    assert record["data"]["test"] == {"expected": 20, "found": 20, "unreadable": 0} and record["data"]["layout"] == "ucf101" and {"rank_correlation", "wrong_side", "by_kind"} == set(record["construction"])
+    assert {"dominance.csv", "log.csv", "parameters.json", "predictions.npz", "result.json"} <= {f.name for f in file.parent.iterdir()}
+    assert "adaptive minus best baseline" in first and "goes on" not in first
+    settings = Settings(data={"miniactions": videos}, reports=tmp_path/"reports")
+    assert go(settings, control=False).run.folder != file.parent      # a complete run is left alone
+    assert main([*words, "-p", "epocs", "3"]) == 2 and main(["train", "ucf102"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "warm_up_epochs" in said[0] and "ucf101" in said[1]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_command_in_two_processes(tmp_path, videos):
+    environ = {**os.environ, "MBD_REPORTS": str(tmp_path/"reports"), "MBD_DATA_MINIACTIONS": str(videos), "MBD_PROGRESS": "lines", "OMP_NUM_THREADS": "1", "MBD_DEVICE": "cpu"}
+    words = [w for n, v in (ASKED | dict(data="generated", checkpoint_minutes=10., train_videos=60)).items() for w in ("-p", n, str(v))]
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "mbd.cli", "train", "ucf101", *words],
+                          env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (record,) = (tmp_path/"reports").glob("*/*/result.json")
+    record = json.loads(record.read_text())
+    assert record["status"] == "complete" and record["processes"] == 2 and record["data"]["test"]["found"] == 20
+    assert done.stdout.count("run folder:") == 1 and done.stdout.count("warm-up: 5 of 5 steps") == 1      # one of them speaks
