@@ -503,7 +503,7 @@ def predict(
     if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
     (rank, world), first, device = devices.processes(), next(model.parameters()), next(model.parameters()).device
     begin, end = (len(data.records)*r // world for r in (rank, rank + 1))      # the videos that this process answers
-    out, number, about = None, 0, checkpoints and _about(model, data, Training(), stage, None, None) | {"views": data.views, "batch_size": batch_size, "processes": world}
+    out, number, found, about = None, 0, None, checkpoints and _about(model, data, Training(), stage, None, None) | {"views": data.views, "batch_size": batch_size, "processes": world}
     stage = f"{stage}-{rank}" if world > 1 else stage
     if checkpoints and (found := checkpoints.load(stage, about)): out, number = found.tensors, found.step; data.failures.update(found.state)
     loader = batches(data, batch_size, workers=workers, part=(rank, world), pin_memory=device.type == "cuda")
@@ -519,7 +519,7 @@ def predict(
                 out[f"{name} embedding"].index_add_(0, batch["index"] - begin, a.embedding.float().cpu()/data.views)
             if progress: progress(min(number*batch_size, (end - begin)*data.views)*world, len(data))
             if checkpoints and checkpoints.due(): checkpoints.save(stage, number, out, data.failures, about)
-        if checkpoints and out: checkpoints.save(stage, number, out, data.failures, about, done=True)
+        if checkpoints and out and not (found and found.done): checkpoints.save(stage, number, out, data.failures, about, done=True)
     return _collected(out, data, world)
 
 def _room(answers, videos, views):

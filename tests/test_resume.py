@@ -131,12 +131,27 @@ def test_stored_features_take_no_checkpoints(tmp_path):
 COMMAND = ["train", "ucf101", *(word for name, value in dict(preset="smoke", data="generated", train_videos=60, test_videos=20, warm_up_epochs=3, distil_epochs=3, teacher="averaged", average=.9, checkpoint_minutes=0, workers=0, resamples=200).items() for word in ("-p", name, str(value)))]
 
 
-def run(folder, limit=None):
-    "Start the command; kill it after so many seconds. Its exit status."
+def saved(folder):
+    "Names of the checkpoints of a run, oldest first."
+    found = {}
+    for file in folder.glob("reports/*/*/checkpoints/stages/*.safetensors"):
+        try: found[file.name] = file.stat().st_mtime_ns
+        except FileNotFoundError: pass      # an older one, just replaced
+    return sorted(found, key=found.get)
+
+
+def run(folder, after=None, limit=None):
+    "Start the command. Kill it after so many seconds, or so many seconds after it has saved for the first time. (Exit status, what it said, seconds until it saved, until it ended)."
     environ = {**os.environ, "MBD_REPORTS": str(folder/"reports"), "MBD_DATA_MINIACTIONS": str(folder.parent/"videos"), "MBD_PROGRESS": "none", "OMP_NUM_THREADS": "2", "MBD_DEVICE": "cpu"}
-    process = subprocess.Popen([sys.executable, "-m", "mbd.cli", *COMMAND], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
-    try: return process.wait(limit), process.stderr.read().decode()
-    except subprocess.TimeoutExpired: process.kill(); process.wait(); return -9, ""
+    before, begun, first = set(saved(folder)), time.monotonic(), None
+    with open(folder/"said", "w+") as said:
+        process = subprocess.Popen([sys.executable, "-m", "mbd.cli", *COMMAND], env=environ, stdout=subprocess.DEVNULL, stderr=said, cwd=folder)
+        while process.poll() is None:
+            seconds = time.monotonic() - begun
+            if first is None and set(saved(folder)) - before: first = seconds
+            if (limit is not None and seconds > limit) or (after is not None and first is not None and seconds - first > after): process.kill(); process.wait()
+            time.sleep(.01)
+        return process.returncode, Path(folder/"said").read_text(), first, time.monotonic() - begun
 
 
 def outcome(folder):
@@ -150,21 +165,20 @@ def outcome(folder):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_a_run_ends_bit_for_bit_as_one_never_killed(tmp_path):
     (tmp_path/"whole").mkdir(); (tmp_path/"killed").mkdir()
-    begun = time.monotonic()
-    assert run(tmp_path/"whole")[0] == 0
-    whole = time.monotonic() - begun
-    rng, seen, kills = random.Random(time.time_ns()), [], 0
-    while kills < 10:
-        limit = rng.uniform(.35, 1.)*whole if kills < 5 else rng.uniform(.3, .7)*whole
-        status, words = run(tmp_path/"killed", limit)
-        if status == 0: break
+    status, words, first, whole = run(tmp_path/"whole")
+    assert status == 0, words
+    rng, seen = random.Random(time.time_ns()), []
+    places = [0., *sorted(rng.uniform(0, .9*(whole - first)) for _ in range(9))]
+    moments = [dict(limit=rng.uniform(0, first)), *(dict(after=b - a) for a, b in zip(places, places[1:]))]      # one before anything is saved, nine over the rest
+    for moment in moments:
+        status, words, *_ = run(tmp_path/"killed", **moment)
         assert status == -9, words
-        kills += 1
-        seen.append(sorted(f.name for f in (tmp_path/"killed").glob("reports/*/*/checkpoints/stages/*"))[-1:])
-    while (status := run(tmp_path/"killed"))[0] != 0: raise AssertionError(status[1])
+        seen.append((saved(tmp_path/"killed") or ["nothing"])[-1])
+    status, words, *_ = run(tmp_path/"killed")
+    assert status == 0, words
     (a, weights_a, answers_a, map_a, whole_folder), (b, weights_b, answers_b, map_b, folder) = outcome(tmp_path/"whole"), outcome(tmp_path/"killed")
     assert equal(weights_a, weights_b) and map_a == map_b and all((answers_a[n] == answers_b[n]).all() for n in answers_a)
     assert a["top1"] == b["top1"] and b["status"] == "complete" and len(b["sessions"]) >= 1
     timeless = lambda record: [line.split(",")[:5] for line in (record/"log.csv").read_text().splitlines()]
     assert timeless(folder) == timeless(whole_folder)
-    print(f"{kills} kills in {whole:.0f} s; last checkpoints: {seen}")
+    print(f"a whole run takes {whole:.0f} s; killed ten times, with these the newest checkpoints: {seen}")
