@@ -131,54 +131,51 @@ def test_stored_features_take_no_checkpoints(tmp_path):
 COMMAND = ["train", "ucf101", *(word for name, value in dict(preset="smoke", data="generated", train_videos=60, test_videos=20, warm_up_epochs=3, distil_epochs=3, teacher="averaged", average=.9, checkpoint_minutes=0, workers=0, resamples=200).items() for word in ("-p", name, str(value)))]
 
 
-def saved(folder):
-    "Names of the checkpoints of a run, oldest first."
-    found = {}
-    for file in folder.glob("reports/*/*/checkpoints/stages/*.safetensors"):
-        try: found[file.name] = file.stat().st_mtime_ns
-        except FileNotFoundError: pass      # an older one, just replaced
-    return sorted(found, key=found.get)
+def saved(folder): return {f.name for f in folder.glob("reports/*/*/checkpoints/stages/*.safetensors")}
 
 
-def run(folder, after=None, limit=None):
-    "Start the command. Kill it after so many seconds, or so many seconds after it has saved for the first time. (Exit status, what it said, seconds until it saved, until it ended)."
+def run(folder, saves=None, wait=0., limit=None):
+    "Start the command. Kill it after `limit` seconds, or `wait` seconds after it has saved so many times. (Exit status, what it said, names of what it saved in order, seconds)."
     environ = {**os.environ, "MBD_REPORTS": str(folder/"reports"), "MBD_DATA_MINIACTIONS": str(folder.parent/"videos"), "MBD_PROGRESS": "none", "OMP_NUM_THREADS": "2", "MBD_DEVICE": "cpu"}
-    before, begun, first = set(saved(folder)), time.monotonic(), None
+    seen, new, begun = saved(folder), [], time.monotonic()
     with open(folder/"said", "w+") as said:
         process = subprocess.Popen([sys.executable, "-m", "mbd.cli", *COMMAND], env=environ, stdout=subprocess.DEVNULL, stderr=said, cwd=folder)
         while process.poll() is None:
-            seconds = time.monotonic() - begun
-            if first is None and set(saved(folder)) - before: first = seconds
-            if (limit is not None and seconds > limit) or (after is not None and first is not None and seconds - first > after): process.kill(); process.wait()
-            time.sleep(.01)
-        return process.returncode, Path(folder/"said").read_text(), first, time.monotonic() - begun
+            new += sorted(saved(folder) - seen); seen |= set(new)
+            enough = saves is not None and len(new) >= saves
+            if enough: time.sleep(wait)
+            if enough or (limit is not None and time.monotonic() - begun > limit): process.kill(); process.wait()
+            time.sleep(.005)
+        return process.returncode, Path(folder/"said").read_text(), new, time.monotonic() - begun
 
 
-def outcome(folder):
+def outcomes(folder):
+    "What all complete runs found: (weights, answers, map, log without times, top-1, sessions)."
     from safetensors.torch import load_file
     from mbd.experiment import load_predictions
-    (record,) = (path for path in (folder/"reports").glob("*/*/result.json") if json.loads(path.read_text())["status"] == "complete")     # a run killed before its first checkpoint stays, interrupted
-    model = next((record.parent/"checkpoints"/"model").glob("*.safetensors"))
-    return json.loads(record.read_text()), load_file(str(model)), load_predictions(record.parent/"predictions.npz"), (record.parent/"dominance.csv").read_text(), record.parent
+    for path in sorted((folder/"reports").glob("*/*/result.json")):
+        record, run = json.loads(path.read_text()), path.parent
+        if record["status"] != "complete": continue      # killed before its first checkpoint, and so begun anew
+        log = [line.split(",")[:5] for line in (run/"log.csv").read_text().splitlines()]
+        yield load_file(str(next((run/"checkpoints"/"model").glob("*.safetensors")))), load_predictions(run/"predictions.npz"), (run/"dominance.csv").read_text(), log, record["top1"], record.get("sessions", [])
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_a_run_ends_bit_for_bit_as_one_never_killed(tmp_path):
     (tmp_path/"whole").mkdir(); (tmp_path/"killed").mkdir()
-    status, words, first, whole = run(tmp_path/"whole")
+    status, words, saves, seconds = run(tmp_path/"whole")
     assert status == 0, words
-    rng, seen = random.Random(time.time_ns()), []
-    places = [0., *sorted(rng.uniform(0, .9*(whole - first)) for _ in range(9))]
-    moments = [dict(limit=rng.uniform(0, first)), *(dict(after=b - a) for a, b in zip(places, places[1:]))]      # one before anything is saved, nine over the rest
-    for moment in moments:
-        status, words, *_ = run(tmp_path/"killed", **moment)
-        assert status == -9, words
-        seen.append((saved(tmp_path/"killed") or ["nothing"])[-1])
+    rng, stages = random.Random(time.time_ns()), []
+    places = [0, *sorted(rng.sample(range(1, len(saves)), 9))]
+    moments = [dict(limit=rng.uniform(0, .3*seconds)), *(dict(saves=b - a, wait=rng.uniform(0, .5)) for a, b in zip(places, places[1:]))]      # one while it begins, nine over all stages
+    while moments:
+        status, words, new, _ = run(tmp_path/"killed", **moments[0])
+        assert status in (-9, 0), words
+        if status == -9: moments.pop(0); stages.append(new[-1].split(".safe")[0] if new else "nothing")      # else it was through before: another run begins
     status, words, *_ = run(tmp_path/"killed")
     assert status == 0, words
-    (a, weights_a, answers_a, map_a, whole_folder), (b, weights_b, answers_b, map_b, folder) = outcome(tmp_path/"whole"), outcome(tmp_path/"killed")
-    assert equal(weights_a, weights_b) and map_a == map_b and all((answers_a[n] == answers_b[n]).all() for n in answers_a)
-    assert a["top1"] == b["top1"] and b["status"] == "complete" and len(b["sessions"]) >= 1
-    timeless = lambda record: [line.split(",")[:5] for line in (record/"log.csv").read_text().splitlines()]
-    assert timeless(folder) == timeless(whole_folder)
-    print(f"a whole run takes {whole:.0f} s; killed ten times, with these the newest checkpoints: {seen}")
+    (weights, answers, *rest, _), = outcomes(tmp_path/"whole")
+    for killed_weights, killed_answers, *killed, _ in outcomes(tmp_path/"killed"):
+        assert equal(weights, killed_weights) and killed == rest
+        assert answers.keys() == killed_answers.keys() and all((answers[n] == killed_answers[n]).all() for n in answers)
+    print(f"a whole run: {seconds:.0f} s, {len(saves)} checkpoints; killed ten times, after {', '.join(stages)}")
