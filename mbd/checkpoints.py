@@ -101,7 +101,7 @@ def _file_digest(file):
 
 def _write(folder, name, tensors, text, best):
     "Write a checkpoint, whole or not at all. `name` has a place for 'best.' and one for the digest."
-    part = folder/".part"; new, copy = part/"new", part/"copy"
+    part = folder/f".part-{name.partition('.')[0]}"; new, copy = part/"new", part/"copy"
     shutil.rmtree(part, ignore_errors=True); part.mkdir(exist_ok=True)
     try:
         save_file(tensors, str(new), {"mbd": text})
@@ -191,7 +191,7 @@ def _clear(folder, stage, keep):
 
 # %% ../nbs/13_checkpoints.ipynb #2f4cff2f
 class Checkpoints:
-    "A folder of checkpoints. One process writes there, any number may read. Raises CheckpointError where nothing can be written."
+    "A folder of checkpoints. One process writes each stage, any number may read. Raises CheckpointError where nothing can be written."
     def __init__(self,
         folder, # made if it does not exist
         keep=2, # of each stage that many stay, and the best
@@ -200,6 +200,7 @@ class Checkpoints:
         if not isinstance(keep, int) or keep < 1: raise ValueError(f"keep must be a whole number of at least 1, not {keep!r}")
         if not every >= 0: raise ValueError(f"every must be at least 0 seconds, not {every!r}")
         self.folder, self.keep, self.every, self._last, self._top = Path(folder).absolute(), keep, every, time.monotonic(), {}
+        if self.folder.is_file(): raise CheckpointError(f"{self.folder} is a file, and checkpoints need a folder. Give another name")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder) as probe: probe.write(b"."); probe.flush()

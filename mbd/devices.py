@@ -253,7 +253,7 @@ def seeded(
 
 # %% ../nbs/13_devices.ipynb #ec3008c0
 class Stopping:
-    "Inside, SIGTERM and SIGUSR1 no longer end the process: they set `asked`. What stood there before is put back at the end. Outside the main thread it does nothing."
+    "Inside, SIGTERM and SIGUSR1 no longer end the process: they set `asked`, of all that are open. What stood there before is put back at the end. Outside the main thread it does nothing."
     signals = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
     def __enter__(self):
@@ -261,10 +261,14 @@ class Stopping:
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
                 if signal.getsignal(number) is not None: self.before[number] = signal.signal(number, self._note)   # None: set by other than Python, not ours to replace
+        self.asked = any(outer.asked for outer in self._outer())
         return self
 
+    def _outer(self): return [handler.__self__ for handler in self.before.values() if isinstance(getattr(handler, "__self__", None), Stopping)]
+
     def _note(self, number, frame):
-        if os.getpid() == self.process: self.asked = True
+        if os.getpid() == self.process:
+            for stopping in (self, *self._outer()): stopping.asked = True
         elif number == signal.SIGTERM: signal.signal(number, signal.SIG_DFL); os.kill(os.getpid(), number)   # a forked child ends as it would have
 
     def __exit__(self, *error):

@@ -87,8 +87,8 @@ def decoupled_kl(
 def _pooled(feature_map):
     "(B, C) means of a (B, C, ...) map over its cells, in float32 or better"
     if feature_map.ndim < 2: raise ValueError(f"a stage must be (B, C, T, H, W), not {tuple(feature_map.shape)}")
-    dtype = torch.promote_types(feature_map.dtype, torch.float32)
-    return feature_map.to(dtype).reshape(*feature_map.shape[:2], -1).mean(2)
+    cells, maps = tuple(range(2, feature_map.ndim)), feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+    return maps.sum(cells) / math.prod(maps.shape[2:]) if cells else maps      # unlike `mean`, whose backward pass fills a whole map with one number a channel
 
 def relations(
     feature_map: torch.Tensor, # (B, C, T, H, W)

@@ -156,6 +156,9 @@ class Schedule:
         return run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, **self.found)
 
     def carry_out(self):
-        "All steps, without a reader. Returns the record."
-        for step in (self.find, self.build, self.read, self.warm_up, self.distil, self.fuse, self.result): step()
-        return self.record()
+        "All steps, without a reader. Returns the record. Raises training.Stopped where a signal asked for it: what was done is saved."
+        with devices.Stopping() as stopping:
+            for step in (self.find, self.build, self.read, self.warm_up, self.distil, self.fuse, self.result):
+                step()
+                if stopping.agreed(): raise training.Stopped(f"stopped after the step {step.__name__!r}")
+            return self.record()

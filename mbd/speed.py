@@ -211,14 +211,15 @@ def made_of(
 def _stepper(name, pair, settings, options, device):
     "Yields a function batch -> one step of a part, or of MBD."
     from mbd.distillation import Distillation, Teacher
-    from mbd.training import Trainer
+    from mbd.training import Trainer, lay_out
     model = random_model(pair, **options).to(device)
     if name == "teachers":
         teachers, layout = [Teacher(stream, "frozen") for stream in (model.local, model.global_)], torch.channels_last_3d if settings.channels_last else torch.contiguous_format
         del model
+        for teacher in teachers if settings.channels_last else (): lay_out(teacher)
         def forward(batch):
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                for teacher, clip in zip(teachers, (batch["local"], batch["global_"])): teacher.to(memory_format=layout)(clip.to(device).contiguous(memory_format=layout))
+                for teacher, clip in zip(teachers, (batch["local"], batch["global_"])): teacher(clip.to(device).contiguous(memory_format=layout))
         yield forward
         return
     lesson = Distillation(teacher=name, only_right_teacher=False) if name in LESSONS else None

@@ -1,5 +1,5 @@
 "The steps of a run, without a notebook: a run is found again and goes on, and only what is asked for changes it."
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 from dataclasses import replace
 import pytest, torch
 from mbd import experiment, training
@@ -38,6 +38,16 @@ def test_a_run_that_ended_early_goes_on_and_ends_as_if_it_had_not(settings, monk
     assert len((again.run.folder/"log.csv").read_text().splitlines()) == 1 + 3*2 and [s["name"] for s in record["stages"]].count("warm-up") == 1
     other, log = (next(f for f in settings.reports.glob("*/*") if f != again.run.folder)/"log.csv"), again.run.folder/"log.csv"
     assert [line.split(",")[:5] for line in other.read_text().splitlines()] == [line.split(",")[:5] for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("where, words", [("build", "stopped after the step"), ("map", "map-warm-up: stopped at batch 1")])
+def test_a_signal_between_trainings_saves_and_leaves_too(settings, monkeypatch, where, words):
+    run, build, inner = go(settings, seed=4), Schedule.build, training._room
+    ask = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    if where == "build": monkeypatch.setattr(Schedule, "build", lambda self: ask() or build(self))
+    else: monkeypatch.setattr(training, "_room", lambda *given: ask() or inner(*given))
+    with pytest.raises(training.Stopped, match=words): run.carry_out()
+    assert (where == "map") == any(run.run.checkpoints.glob("stages/map-warm-up.*"))
 
 
 @pytest.mark.parametrize("change", [dict(seed=3), dict(smoothing=.1), dict(distil_epochs=2), dict(resume=False)])

@@ -584,3 +584,19 @@ def test_nothing_is_fitted_on_videos_that_pretrained_weights_have_seen(fit):
     with pytest.raises(ValueError, match=r"kinetics400/train.*global stream.*half of the validation list"): fit(model, part)
     part.records = [replace(r, origin="kinetics400/validation") for r in part.records]
     fit(model, part)
+
+
+def test_channels_last_changes_the_layout_and_not_the_step():
+    from mbd.pairs import find_pair
+    from mbd.speed import random_clips, random_model
+    after = {}
+    for layout in (False, True):
+        torch.manual_seed(0)
+        model = random_model(find_pair("miniactions", "hand"))
+        local, global_ = random_clips(model, 4)
+        batch = {"local": local, "global_": global_, "label": torch.arange(4), "index": torch.arange(4), "view": torch.zeros(4, dtype=torch.long)}
+        with training.Trainer(model, 4, training.Training(batch_size=4, optimiser="sgd", channels_last=layout, warm_up=0.), TEACH) as trainer: trainer.step([batch])
+        after[layout] = model.state_dict()
+        kernels = [p for p in model.parameters() if p.ndim == 5 and p.shape[1] > 1 and p[0, 0].numel() > 1]
+        assert kernels and all(p.is_contiguous(memory_format=torch.channels_last_3d) == layout for p in kernels)
+    assert all(torch.allclose(after[False][n].double(), after[True][n].double(), atol=1e-4) for n in after[False])
