@@ -131,7 +131,7 @@ class Mixture:
 def _region(sizes, share, rng):
     "(rows and columns of the region in each view, the share that is left): edges on the finest grid that all views have. ValueError where that is coarse"
     cells = [math.gcd(*side) for side in zip(*sizes)]
-    if min(cells) < 4:
+    if min(cells) < 4:      # ours: with fewer the share could take a few values only
         raise ValueError(f"cutmix cuts the same region out of both views, and pictures of {' and '.join(f'{h} x {w}' for h, w in sizes)} pixels share a grid of {cells[0]} x {cells[1]} cells only; choose sizes with a larger common divisor (112 and 224, 56 and 28), or mixup")
     spans, kept = [], 1.
     for n in cells:
