@@ -112,7 +112,7 @@ def test_a_module_imports_only_earlier_chapters(path):
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level: used |= {node.module} if node.module else {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mbd"): used |= {node.module[4:]} if node.module != "mbd" else {a.name for a in node.names}
-    later = {m for m in used & set(order) if order.index(m) >= order.index(path.stem[3:])}
+    later = {m for m in used & set(order) if order.index(m) > order.index(path.stem[3:])}      # itself it may name: a fresh process finds a function by its module
     assert later <= LATER.get(path.stem[3:], set()), f"{path.name}: its module imports from later chapters: {sorted(later)}"
 
 
