@@ -81,8 +81,11 @@ def test_a_signal_is_noted_and_the_old_handler_comes_back(name):
     try:
         with Stopping() as stopping:
             assert not stopping.asked and not stopping.agreed()
-            signal.raise_signal(number)
+            with Stopping() as inner:
+                signal.raise_signal(number)
+                assert inner.asked
             assert stopping.asked and stopping.agreed() and not seen
+            with Stopping() as later: assert later.asked
         signal.raise_signal(number)
         assert seen == [1]
     finally: signal.signal(number, before)

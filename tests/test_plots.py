@@ -39,6 +39,7 @@ def words(figure):
 
 @pytest.fixture(scope="module")
 def figures():
+    plt.close("all")      # what other tests of this process have left open
     return all_figures(banner="generated data")
 
 
