@@ -1073,6 +1073,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbd.training._end_epoch': ('training.html#_end_epoch', 'mbd/training.py'),
                               'mbd.training._ends': ('training.html#_ends', 'mbd/training.py'),
                               'mbd.training._everybodys': ('training.html#_everybodys', 'mbd/training.py'),
+                              'mbd.training._join_statistics': ('training.html#_join_statistics', 'mbd/training.py'),
                               'mbd.training._move': ('training.html#_move', 'mbd/training.py'),
                               'mbd.training._moved': ('training.html#_moved', 'mbd/training.py'),
                               'mbd.training._numbers': ('training.html#_numbers', 'mbd/training.py'),

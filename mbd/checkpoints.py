@@ -169,8 +169,13 @@ def _first_sound(folder, stage, wanted=lambda entry: True):
 # %% ../nbs/13_checkpoints.ipynb #a87d40ac
 def _differences(old, new):
     "In words, which names of two fingerprints have other values, or ''."
-    new, show = json.loads(json.dumps(new)), lambda values, name: json.dumps(values[name])[:200] if name in values else "absent"
-    odd = [name for name in sorted({**old, **new}) if (name in old) != (name in new) or old[name] != new[name] and show(old, name) != show(new, name)]
+    new, text = json.loads(json.dumps(new)), lambda values, name: json.dumps(values[name], sort_keys=True) if name in values else "absent"
+    odd = [name for name in sorted({**old, **new}) if (name in old) != (name in new) or old[name] != new[name] and text(old, name) != text(new, name)]      # NaN is unlike itself, its text is not
+    def show(values, name):
+        whole = text(values, name)
+        if len(whole) <= 200: return whole
+        start = max(0, len(os.path.commonprefix([text(old, name), text(new, name)])) - 60)
+        return f"{'...' * bool(start)}{whole[start:start + 140]}..."
     return "; ".join(f"{name} was {show(old, name)} and is {show(new, name)}" for name in odd)
 
 # %% ../nbs/13_checkpoints.ipynb #0db0b6b9

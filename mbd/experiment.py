@@ -122,7 +122,7 @@ def teaching(
 ) -> Distillation:
     "How the streams teach each other in this run. Raises ParameterError where values do not go together."
     names = {p.name: p.name.removeprefix("teach_") for p in TEACHING}
-    if parameters.intermediate == "relation" and parameters.intermediate_weight > 0 and parameters.batch_size < 3:
+    if parameters.intermediate == "relation" and parameters.intermediate_weight > 0 and parameters.batch_size // getattr(parameters, "accumulate", 1) < 3:
         raise ParameterError(f"batch_size = {parameters.batch_size}: intermediate = relation compares the clips of a batch and needs 3; raise it, or set intermediate = logit")
     try:
         return Distillation(**{field: getattr(parameters, name) for name, field in names.items()})

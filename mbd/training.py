@@ -31,7 +31,7 @@ class Training:
     epochs: int = 10            # passes over the fit part
     learning_rate: float = 2e-3 # of both streams, at its peak
     batch_size: int = 16        # clips a step, over all processes together
-    accumulate: int = 1         # pieces a step is computed in, one after the other: less memory, the same step
+    accumulate: int = 1         # pieces a step is computed in, one after the other: less memory; the same step, but for what compares or normalises the clips of a piece
     optimiser: str = "adamw"    # adamw, or sgd (momentum 0.9)
     weight_decay: float = 0.05  # of weights; biases, norms and positions are spared
     warm_up: float = 0.15       # fraction of the steps in which the rate rises; then it falls to 0 along a cosine
@@ -116,7 +116,7 @@ def _carry(output, end):
 class _Teaching:
     "Teachers of both streams, and the layers that some losses train."
     def __init__(self, model, config, settings, example=None):
-        if config.intermediate == "relation" and config.intermediate_weight > 0 and settings.batch_size < 3: raise ValueError(f"batch_size = {settings.batch_size}: relations compare the clips of a batch and need 3; raise it, or distil with intermediate='logit'")
+        if config.intermediate == "relation" and config.intermediate_weight > 0 and settings.batch_size//settings.accumulate < 3: raise ValueError(f"batch_size = {settings.batch_size} in {settings.accumulate} piece(s): relations compare the clips of a piece and need 3; raise it, lower accumulate, or distil with intermediate='logit'")
         self.streams = {"local": model.local, "global": model.global_}
         self.teachers = {name: Teacher(stream, config.teacher, config.teacher_decay, t) for (name, stream), t in zip(self.streams.items(), model.temperature.tolist())}
         self.groups, self.config = model.map.group_codes.to(next(model.parameters()).device), config
@@ -177,7 +177,8 @@ class Trainer:
         if not self.streams or (teaching and only): raise ValueError(f"only = {only!r}: choose 'local' or 'global' without distillation, or None")
         if teaching and model.map is None: raise ValueError("distillation needs the dominance map: call measure_map(model, map part) first")
         _check_split(settings, *devices.processes())
-        self.accelerator = devices.accelerator(next(model.parameters()).device, settings.precision)
+        where = next(model.parameters()).device
+        self.accelerator = devices.accelerator(where.type if devices.processes()[1] > 1 else where, settings.precision)      # of several, each takes the GPU of its own number
         self.model, self.settings, self.distillation, self.steps = model.to(self.accelerator.device), settings, distillation, steps
         self.done = self.skipped = self.in_a_row = 0
         self.device, self.dtype, (self.rank, self.world) = self.accelerator.device, next(model.parameters()).dtype, devices.processes()
@@ -279,6 +280,7 @@ def _move(trainer, before):
     if good or t.accelerator.scaler is not None: t.optimiser.step()          # a scaler skips by itself, and learns from it
     if good:
         t.in_a_row = 0
+        if t.world > 1 and t.settings.batch_norm == "batch": _join_statistics(t)
         if t.school: t.school.update(t.streams)
         for name, average in t.averages.items():
             average.decay = min(t.settings.average, (1 + t.done)/(10 + t.done))          # a young average follows faster
@@ -290,8 +292,16 @@ def _move(trainer, before):
     if t.in_a_row > t.settings.max_skipped: raise FloatingPointError(f"step {t.done}: the gradient was not finite in {t.in_a_row} steps in a row; lower learning_rate or the distillation weights, or set precision to float32 (max_skipped = {t.settings.max_skipped})")
     return False
 
+def _join_statistics(trainer):
+    "Running statistics become the mean over all processes, so that every one holds the model that is saved."
+    buffers = [b for norm in trainer.norms for b in norm.buffers() if b.is_floating_point()]
+    if not buffers: return
+    joined = devices.total(torch.cat([b.flatten() for b in buffers]))/trainer.world
+    for b, value in zip(buffers, joined.split([b.numel() for b in buffers])): b.copy_(value.view_as(b))
+
 def _check_split(settings, rank, world):
     if settings.batch_size % (world*settings.accumulate): raise ValueError(f"batch_size = {settings.batch_size} counts the clips of a step over {world} process(es) and {settings.accumulate} piece(s): choose a multiple of {world*settings.accumulate}")
+    if world*settings.accumulate > 1 and settings.batch_size == world*settings.accumulate: raise ValueError(f"batch_size = {settings.batch_size} over {world} process(es) and {settings.accumulate} piece(s) leaves one clip each, which batch norm and mixing cannot use; double it, or lower accumulate")
 
 def _synchronise(streams, world, device):
     "Let normalisations share their statistics between GPUs."
@@ -403,7 +413,7 @@ def train(
                 place.seconds += time.perf_counter() - begun
                 if progress: progress(trainer.done, steps)
                 if _agreed(stopping.asked, trainer): save(); raise Stopped(f"{stage}: stopped at step {trainer.done} of {steps}" + (", which is saved" if checkpoints else ""))
-                if checkpoints and _agreed(checkpoints.due(), trainer): save()
+                if checkpoints and _agreed(trainer.rank == 0 and checkpoints.due(), trainer): save()      # the first one writes, and knows when it did
             score = _end_epoch(trainer, place, stage, data, validate, workers, log)
             if checkpoints and score is not None and place.epoch < settings.epochs: save(score=score)
         if not (found and found.done):
@@ -431,6 +441,7 @@ def _end_epoch(trainer, place, stage, data, validate, workers, log):
     "Log the epoch, look at the validation part, and begin the next. Returns the accuracy of both streams' mean there, or None."
     t, sums, seen = trainer, place.sums, place.seen
     if t.world > 1:
+        for failures in devices.gather(data.failures): data.failures.update(failures)
         names = sorted(sums)
         *values, seen = devices.total(torch.stack([*(torch.as_tensor(sums[n], device=t.device, dtype=torch.float64) for n in names), torch.tensor(float(seen), device=t.device, dtype=torch.float64)])).tolist()
         sums = dict(zip(names, values))
@@ -480,7 +491,7 @@ def _resumed(trainer, found, data, log):
     data.failures.update(state["failures"])
     for row in state["rows"] if log else (): log(row)
     mine = trainer.rank == 0 or found.done          # sums and counts of all processes are with the first
-    sums = {n.removeprefix("sums."): v.to(trainer.device) for n, v in found.tensors.items() if n.startswith("sums.")} if mine else {}
+    sums = {n.removeprefix("sums."): (v if mine else torch.zeros_like(v)).to(trainer.device) for n, v in found.tensors.items() if n.startswith("sums.")}      # the same names everywhere: they are added up
     place = _Place(**state["place"], sums=sums, rows=state["rows"])
     if not mine: place.seen = 0
     return place
@@ -512,7 +523,7 @@ def predict(
     (rank, world), first, device = devices.processes(), next(model.parameters()), next(model.parameters()).device
     begin, end = (len(data.records)*r // world for r in (rank, rank + 1))      # the videos that this process answers
     out, number, found, about = None, 0, None, checkpoints and _about(model, data, Training(), stage, None, None) | {"views": data.views, "batch_size": batch_size, "processes": world}
-    stage = f"{stage}-{rank}" if world > 1 else stage
+    stage = f"{stage}-{rank}-of-{world}" if world > 1 else stage
     if checkpoints and (found := checkpoints.load(stage, about)): out, number = found.tensors, found.step; data.failures.update(found.state)
     loader = batches(data, batch_size, workers=workers, part=(rank, world), pin_memory=device.type == "cuda")
     model.eval()

@@ -413,3 +413,11 @@ def test_processes_save_stages_of_their_own_at_the_same_time(tmp_path):
         found = Checkpoints(tmp_path).load(f"test-{rank}", {})
         assert found.done and found.state == {"of": f"test-{rank}"} and found.tensors["w"].eq(24).all()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_difference_far_inside_a_long_value_counts_and_is_shown(tmp_path):
+    about = {"distillation": {f"field {i}": "x"*20 for i in range(20)}}
+    kept = Checkpoints(tmp_path); kept.save("distil", 1, {}, {}, about)
+    other = {"distillation": about["distillation"] | {"field 19": "averaged"}}
+    with pytest.raises(CheckpointError, match="averaged"): kept.load("distil", other)
+    assert kept.load("distil", about).step == 1

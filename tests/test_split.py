@@ -74,12 +74,12 @@ def test_each_video_is_answered_once_and_all_processes_know_all(clips, count):
     assert one[3]["n"] == two[0][3]["n"] and one[4] == pytest.approx(two[0][4], abs=1e-3) and one[3]["share"] == pytest.approx(two[0][3]["share"], abs=1e-4)
 
 
-def resume(settings, folder, stop):
+def resume(settings, folder, stop, count=None):
     from mbd.checkpoints import Checkpoints
-    model = make().double()
+    model, data_ = make().double(), data() if count is None else data(count=count)
     def progress(done, steps):
         if done == stop: raise KeyError("stop")
-    try: train(model, data(), Training(**settings), checkpoints=Checkpoints(folder, every=0), progress=progress)
+    try: train(model, data_, Training(**settings), checkpoints=Checkpoints(folder, every=0), progress=progress)
     except KeyError: pass
     return numbers(model)
 
@@ -94,3 +94,26 @@ def test_stopped_in_two_processes_it_goes_on_in_two_or_in_one(tmp_path):
         assert steps and all("10" in s for s in steps)
         ended = devices.launch(resume, (settings, str(tmp_path/name), 0), 2, "cpu")[0] if processes == 2 else resume(settings, str(tmp_path/name), 0)
         assert furthest(whole, ended) < 1e-6
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_is_gone_on_from(tmp_path):
+    "40 videos, 8 a step: step 10 is the last of the second epoch, and nothing of it is left to do."
+    settings = plain(replace(SETTINGS, epochs=3))
+    devices.launch(resume, (settings, str(tmp_path/"cut"), 11, 40), 2, "cpu")
+    assert any("step-10." in f.name for f in (tmp_path/"cut").glob("*.safetensors"))
+    ended, whole = (devices.launch(resume, (settings, str(tmp_path/name), 0, 40), 2, "cpu")[0] for name in ("cut", "whole"))
+    assert furthest(whole, ended) == 0
+
+
+def test_all_processes_end_with_the_same_statistics_too():
+    two = devices.launch(learn, (plain(replace(SETTINGS, epochs=2, batch_norm="batch")), None), 2, "cpu")
+    assert any("running" in n for n in two[0][0]) and furthest(two[0][0], two[1][0]) == 0
+
+
+def test_of_several_processes_each_takes_its_own_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "processes", lambda: (0, 2))
+    monkeypatch.setattr(devices, "accelerator", lambda device, precision: asked.append(device) or 1/0)
+    with pytest.raises(ZeroDivisionError): training.Trainer(make(), 4, SETTINGS)
+    assert asked == ["cpu"] and isinstance(asked[0], str)      # the kind alone: "cuda:0" would be one GPU for all
+    with pytest.raises(ValueError, match="one clip each"): training.Trainer(make(), 4, replace(SETTINGS, accumulate=4))
