@@ -735,8 +735,9 @@ class _Recorded(RunFolder):
         self.record = {"schema": 1, "status": "running", "run": self.folder.name, **record, "started": _now(), "process": process,
                        "heartbeat": _now(), "commit": commit(), "versions": versions(), "hardware": hardware(), "processes": devices.processes()[1], "notebook": _shell() is not None}
         if earlier:      # a run that goes on: what was, and for how long
-            went = {"begun": earlier.get("begun", earlier["started"]), "until": earlier.get("ended") or earlier["heartbeat"], "hardware": earlier["hardware"], "reason": earlier.get("reason", effective_status(earlier))}
+            went = {"begun": earlier.get("begun", earlier["started"]), "until": earlier.get("ended") or earlier["heartbeat"], "hardware": earlier["hardware"], "processes": earlier.get("processes"), "versions": earlier.get("versions"), "reason": earlier.get("reason", effective_status(earlier))}
             self.record |= {"started": earlier["started"], "begun": _now(), "sessions": [*earlier.get("sessions", []), went], "stages": earlier.get("stages", [])}
+        self.before = earlier if earlier and earlier["status"] == "complete" else None      # somebody only looks at a run that was complete: nothing of it may be lost
         self._write()
         threading.Thread(target=self._beat, args=(heartbeat,), daemon=True).start()
 
@@ -806,7 +807,11 @@ class Run(_Recorded):
 
     def fail(self, reason) -> None:
         "Mark the run failed, unless it has ended already."
-        if self.status == "running":
+        if self.status == "running" and self.before and os.getpid() == self.pid:
+            with self.lock:
+                write_json(self.folder / "result.json", self.before)
+                self.record = self.before
+        elif self.status == "running":
             words = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else str(reason)
             self._write(status="failed", reason=words[:2000], stages=self.stages, ended=_now())
         self.stop.set()

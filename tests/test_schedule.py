@@ -1,6 +1,7 @@
 "The steps of a run, without a notebook: a run is found again and goes on, and only what is asked for changes it."
 import json, os, signal, subprocess, sys
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest, torch
 from mbd import experiment, training
 from mbd.cli import main
@@ -112,6 +113,12 @@ def test_the_command_trains_and_its_mistakes_are_one_line(tmp_path, videos, monk
     assert {"dominance.csv", "log.csv", "parameters.json", "predictions.npz", "result.json"} <= {f.name for f in file.parent.iterdir()}
     assert "adaptive minus best baseline" in first and "goes on" not in first
     settings = Settings(data={"miniactions": videos}, reports=tmp_path/"reports")
+    with monkeypatch.context() as looking:      # a notebook opens it to draw its figures, and one of them fails
+        looking.setattr(experiment, "_shell", lambda: SimpleNamespace(events=SimpleNamespace(register=lambda *given: None)))
+        looked = go(settings, control=False).run
+        assert looked.folder == file.parent and looked.status == "running"
+        looked.fail("a figure could not be drawn")
+        assert json.loads(file.read_text()) == record
     assert go(settings, control=False).run.folder != file.parent      # a complete run is left alone
     assert main([*words, "-p", "epocs", "3"]) == 2 and main(["train", "ucf102"]) == 2
     said = capsys.readouterr().err.splitlines()
