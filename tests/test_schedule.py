@@ -129,7 +129,7 @@ def test_the_command_trains_and_its_mistakes_are_one_line(tmp_path, videos, monk
 def test_accelerate_launches_the_command_in_two_processes(tmp_path, videos):
     environ = {**os.environ, "MBD_REPORTS": str(tmp_path/"reports"), "MBD_DATA_MINIACTIONS": str(videos), "MBD_PROGRESS": "lines", "OMP_NUM_THREADS": "1", "MBD_DEVICE": "cpu"}
     words = [w for n, v in (ASKED | dict(data="generated", checkpoint_minutes=10., train_videos=60)).items() for w in ("-p", n, str(v))]
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "mbd.cli", "train", "ucf101", *words],
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "mbd.cli", "train", "ucf101", *words],
                           env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (record,) = (tmp_path/"reports").glob("*/*/result.json")
