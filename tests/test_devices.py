@@ -287,6 +287,6 @@ def test_the_sbatch_script_of_the_chapter(tmp_path, status):
     job = dict(SLURM_JOB_ID=str(40000 + os.getpid()), SLURM_NNODES="2", SLURM_NTASKS="4", SLURM_NTASKS_PER_NODE="2", SLURM_JOB_NODELIST="localhost,other", SLURM_CPUS_PER_TASK=options["cpus-per-task"], SLURM_PROCID="0")
     done = subprocess.run(["bash", str(tmp_path / "train.sh")], capture_output=True, text=True, timeout=300, cwd=ROOT, env={**kept, **job, "PATH": f"{tmp_path}{os.pathsep}{kept['PATH']}", "PYTHONPATH": str(ROOT)})
     assert done.returncode == status, done.stderr[-3000:]
-    if status == 0: assert answer(done.stdout) == [4, 6, [[0, 0, 1], [1, 1, 1], [2, 0, 1], [3, 1, 1]], ["train", "ucf101", "-p", "preset", "full"]]
+    if status == 0: assert answer(done.stdout) == [4, 6, [[0, 0, 1], [1, 1, 1], [2, 0, 1], [3, 1, 1]], ["train", "ucf101", "-p", "preset", "full", "-p", "batch_norm", "synced"]]
     assert (tmp_path / "scontrol.txt").exists() == (status == 75)
     if status == 75: assert (tmp_path / "scontrol.txt").read_text().split() == ["requeue", job["SLURM_JOB_ID"]]
