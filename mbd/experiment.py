@@ -7,9 +7,9 @@ __all__ = ['TEACHING', 'RECIPE', 'COMMON', 'PRESETS', 'EXPERIMENTS', 'FEATURES',
            'ParameterError', 'Parameter', 'parameter_range', 'value_problem', 'teaching', 'recipe', 'Experiment',
            'nearest', 'find_experiment', 'check_parameters', 'given_parameters', 'parameters_cell', 'check_notebook',
            'resolve', 'write_atomic', 'RecordError', 'plain', 'write_json', 'process_start', 'effective_status',
-           'commit', 'versions', 'hardware', 'peak_memory_gib', 'seconds_in_words', 'check_record', 'new_folder',
-           'RunFolder', 'load_predictions', 'Run', 'unfinished', 'start', 'read_runs', 'comparable', 'summary',
-           'model_cost', 'training_flops', 'subset', 'count_parts', 'progress_mode', 'Progress']
+           'commit', 'code', 'versions', 'hardware', 'peak_memory_gib', 'seconds_in_words', 'check_record',
+           'new_folder', 'RunFolder', 'load_predictions', 'Run', 'unfinished', 'start', 'read_runs', 'comparable',
+           'summary', 'model_cost', 'training_flops', 'subset', 'count_parts', 'progress_mode', 'Progress']
 
 # %% ../nbs/16_experiment.ipynb #a1f6cfa2
 import ast
@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import csv
 import difflib
+import hashlib
 import importlib.util
 import io
 import json
@@ -186,7 +187,7 @@ COMMON = (
     Parameter("control", bool, True, "train the control too: the same steps without distillation"),
     *RECIPE,
     Parameter("validate", bool, False, "accuracy on gate after each epoch; the best is kept beside the last"),
-    Parameter("resume", bool, True, "go on with the last unfinished run of the same parameters and commit, if there is one"),
+    Parameter("resume", bool, True, "go on with the last unfinished run of the same parameters, code and versions, if there is one"),
     Parameter("checkpoint_minutes", float, 10.0, "between two checkpoints of a stage; 0: one after each step", "minutes", low=0.0, high=10_000.0),
     Parameter("tensorboard", bool, False, "write the log for TensorBoard too"),
     Parameter("deterministic", bool, False, "slower algorithms that give the same numbers each time, on a GPU too"),
@@ -501,6 +502,12 @@ def process_start(
     return answer[1].strip() if len(answer) == 2 and not answer[0].startswith("Z") else ""
 
 # %% ../nbs/16_experiment.ipynb #66da6c53
+def _this_process() -> dict:
+    "What tells this process from all others; under SLURM also its job, and how often that was started again."
+    job = {"job": os.environ["SLURM_JOB_ID"], "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0))} if "SLURM_JOB_ID" in os.environ else {}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid()), **job}
+
+
 def effective_status(
     record: dict,  # of result.json
     now=None,  # seconds since 1970; None: now
@@ -508,7 +515,9 @@ def effective_status(
     "'complete', 'failed', 'running', or 'interrupted' for a run that says it runs and does not."
     if record.get("status") != "running":
         return str(record.get("status", "unreadable"))
-    process = record["process"]
+    process, here = record["process"], _this_process()
+    if "job" in process and process["job"] == here.get("job") and process["restarts"] < here["restarts"]:
+        return "interrupted"
     if process["host"] == socket.gethostname():
         started = process_start(process["pid"])
         if started is not None:
@@ -529,6 +538,14 @@ def commit(folder=None) -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+# %% ../nbs/16_experiment.ipynb #5ce2fbdf
+def code() -> str:
+    "Digest of the package's modules, as they are on disk."
+    found = hashlib.sha256()
+    for path in sorted(Path(mbd.__file__).parent.glob("*.py")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 # %% ../nbs/16_experiment.ipynb #65497f95
 def versions() -> dict:
@@ -724,6 +741,12 @@ def load_predictions(path) -> dict:
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
+# %% ../nbs/16_experiment.ipynb #e341d970
+def _shell():
+    "The IPython shell this runs in, or None."
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython is not None else None
+
 # %% ../nbs/16_experiment.ipynb #b9f276fd
 class _Recorded(RunFolder):
     "A run folder with a record in it that is kept up to date while the process lives."
@@ -731,13 +754,17 @@ class _Recorded(RunFolder):
     def __init__(self, folder, record, heartbeat, main=True, board=False, earlier=None):
         super().__init__(folder, main, board)
         self.lock, self.stop, self.pid = threading.RLock(), threading.Event(), os.getpid() if main else None
-        process = {"pid": self.pid, "host": socket.gethostname(), "started": process_start(os.getpid())}
-        self.record = {"schema": 1, "status": "running", "run": self.folder.name, **record, "started": _now(), "process": process,
-                       "heartbeat": _now(), "commit": commit(), "versions": versions(), "hardware": hardware(), "processes": devices.processes()[1], "notebook": _shell() is not None}
-        if earlier:      # a run that goes on: what was, and for how long
-            went = {"begun": earlier.get("begun", earlier["started"]), "until": earlier.get("ended") or earlier["heartbeat"], "hardware": earlier["hardware"], "processes": earlier.get("processes"), "versions": earlier.get("versions"), "reason": earlier.get("reason", effective_status(earlier))}
+        self.renew = dict      # what else a heartbeat brings up to date
+        self.looked_at = earlier if earlier and earlier["status"] == "complete" else None
+        now = {"status": "running", "process": _this_process(), "heartbeat": _now(), "notebook": _shell() is not None}
+        self.record = {"schema": 1, "run": self.folder.name, **record, "started": _now(), "commit": commit(), "code": code(), "versions": versions(),
+                       "hardware": hardware(), "processes": devices.processes()[1], **now}
+        if self.looked_at:
+            self.record = earlier | now
+        elif earlier:      # a run that goes on: what was, and for how long
+            went = {n: earlier.get(n) for n in ("hardware", "processes", "versions", "commit")}
+            went |= {"begun": earlier.get("begun", earlier["started"]), "until": earlier.get("ended") or earlier["heartbeat"], "reason": earlier.get("reason", effective_status(earlier))}
             self.record |= {"started": earlier["started"], "begun": _now(), "sessions": [*earlier.get("sessions", []), went], "stages": earlier.get("stages", [])}
-        self.before = earlier if earlier and earlier["status"] == "complete" else None      # somebody only looks at a run that was complete: nothing of it may be lost
         self._write()
         threading.Thread(target=self._beat, args=(heartbeat,), daemon=True).start()
 
@@ -752,7 +779,8 @@ class _Recorded(RunFolder):
                 record = plain({**self.record, **changes, "heartbeat": _now()})
                 if record["status"] == "complete":      # nobody has to find the process any more
                     del record["process"], record["heartbeat"]
-                write_json(self.folder / "result.json", record)
+                if not self.looked_at or record["status"] == "complete":
+                    write_json(self.folder / "result.json", record)
                 self.record = record
 
     def _beat(self, seconds):
@@ -760,7 +788,7 @@ class _Recorded(RunFolder):
         while not self.stop.wait(seconds):
             with self.lock, contextlib.suppress(OSError):
                 if self.status == "running":
-                    self._write()
+                    self._write(**self.renew())
 
 # %% ../nbs/16_experiment.ipynb #8f5606e2
 class Run(_Recorded):
@@ -776,7 +804,7 @@ class Run(_Recorded):
         self.stages = list(self.record.get("stages", []))
         seconds = lambda text: datetime.fromisoformat(text).timestamp()
         self.begun -= sum(max(0.0, seconds(s["until"]) - seconds(s["begun"])) for s in self.record.get("sessions", []))
-        if not main:
+        if not main or self.looked_at:
             return
         resolved = {**vars(parameters), "reports": Path(parameters.reports).name}      # a record travels; the path stays
         write_json(self.folder / "parameters.json", {"experiment": experiment.name, "given": self.given, "resolved": resolved, "why": why})
@@ -784,14 +812,20 @@ class Run(_Recorded):
     @contextlib.contextmanager
     def stage(self, name: str, epochs=0, flops=0):
         "Measure the seconds of a stage: `with run.stage('warm-up', epochs=12) as stage:`. Epochs and flops may be set in the dict."
-        entry, begin = {"name": name, "epochs": int(epochs), "seconds": 0.0, "flops": flops}, time.monotonic()
-        yield entry
-        earlier = next((s for s in self.stages if s["name"] == name), None)
-        if earlier:      # of a run that goes on: a stage that was begun took its time before, too
-            self.stages.remove(earlier)
-            entry["seconds"] = earlier["seconds"]
-        self.stages.append(entry | {"seconds": round(entry["seconds"] + time.monotonic() - begin, 3)})
-        self._write(stages=self.stages)
+        before = next((s["seconds"] for s in self.stages if s["name"] == name), 0.0)      # a run that goes on: the stage took its time before, too
+        entry, begin = {"name": name, "epochs": int(epochs), "seconds": before, "flops": flops}, time.monotonic()
+        self.stages = [s for s in self.stages if s["name"] != name] + [entry]
+
+        def renew():
+            entry["seconds"] = round(before + time.monotonic() - begin, 3)
+            return {"stages": self.stages}
+
+        self.renew = renew      # every heartbeat writes it down: a kill loses no more than that
+        try:
+            yield entry
+        finally:
+            self.renew = dict
+            self._write(**renew())
 
     def complete(self, **blocks) -> dict:
         "Add the blocks of the result, check the record, and mark it complete. Raises RecordError, and stays as it is."
@@ -800,6 +834,8 @@ class Run(_Recorded):
         if (data["name"] == "miniactions") != self.generated:
             raise RecordError(f"data.name = {data['name']!r} in a run on {self.parameters.data} data")
         blocks = {"stages": self.stages, "control": None, **blocks, "cost": cost, "data": data, "status": "complete", "ended": _now()}
+        if self.looked_at:      # what it cost is what it cost those who trained it
+            blocks |= {n: self.looked_at[n] for n in ("stages", "cost", "ended")}
         check_record({**self.record, **blocks})
         self._write(**blocks)
         self.stop.set()
@@ -807,10 +843,8 @@ class Run(_Recorded):
 
     def fail(self, reason) -> None:
         "Mark the run failed, unless it has ended already."
-        if self.status == "running" and self.before and os.getpid() == self.pid:
-            with self.lock:
-                write_json(self.folder / "result.json", self.before)
-                self.record = self.before
+        if self.status == "running" and self.looked_at:
+            self.record = self.looked_at      # nothing of it was touched
         elif self.status == "running":
             words = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else str(reason)
             self._write(status="failed", reason=words[:2000], stages=self.stages, ended=_now())
@@ -824,12 +858,6 @@ class Run(_Recorded):
 
 # %% ../nbs/16_experiment.ipynb #0b0b7176
 _current = None  # the run of this process
-
-
-def _shell():
-    "The IPython shell this runs in, or None."
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython is not None else None
 
 
 def _after_cell(result):
@@ -863,20 +891,32 @@ _ASIDE = {"resume", "workers", "reports", "checkpoint_minutes", "tensorboard", "
 def unfinished(
     parent,  # folder of the experiment's runs
     parameters,  # all of them, by attribute
-) -> Path | None:
-    "The newest run there that asked for the same with the same code, has checkpoints, and ended before it was complete; in a notebook also one that was completed without."
+) -> tuple:  # (its folder or None, why a newer one was passed over, in words)
+    "The newest run there that asked for the same with the same code and versions, has checkpoints, and ended before it was complete; in a notebook also one that was completed without."
     matter = lambda values: {n: v for n, v in values.items() if n not in _ASIDE}
+    passed = ""
     for path in sorted(Path(parent).glob("*/parameters.json"), reverse=True):
         try:
             asked = json.loads(path.read_text(encoding="utf-8"))["resolved"]
             record = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
-            same = matter(asked) == matter(plain(vars(parameters))) and record["commit"] == commit()
-            unseen = record["status"] == "complete" and record.get("notebook") is False and _shell() is not None      # `mbd train` trained it: now draw its figures
-            if same and (unseen or effective_status(record) in ("interrupted", "failed")) and any((path.parent / "checkpoints").iterdir()):
-                return path.parent
-        except (OSError, ValueError, KeyError, TypeError):
+            if matter(asked) != matter(plain(vars(parameters))) or not any((path.parent / "checkpoints").iterdir()):
+                continue
+            status = effective_status(record)
+            unseen = status == "complete" and record.get("notebook") is False and _shell() is not None      # `mbd train` trained it: now draw its figures
+            if status == "complete" and not unseen:
+                continue
+            changed = {n: f"{v} then, {versions().get(n)} now" for n, v in record["versions"].items() if v != versions().get(n)}
+            if status == "running":
+                passed = passed or f"{path.parent.name} is running: process {record['process']['pid']} of {record['process']['host']}, seen last {record['heartbeat']}"
+            elif record.get("code") != code():
+                passed = passed or f"{path.parent.name} is {status}, and the code of mbd has changed since"
+            elif changed:
+                passed = passed or f"{path.parent.name} is {status}, and was made with other versions: " + "; ".join(f"{n} {v}" for n, v in changed.items())
+            else:
+                return path.parent, passed
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return None
+    return None, passed
 
 
 def start(
@@ -885,7 +925,7 @@ def start(
     settings=None,  # mbd.settings.Settings; None: load them
     heartbeat=30.0,  # seconds
 ) -> Run:
-    """Begin a run, or go on with an unfinished one of the same parameters and commit. In several processes all call it; the main one writes.
+    """Begin a run, or go on with an unfinished one of the same parameters, code and versions. In several processes all call it; the main one writes.
     Raises ParameterError before anything is written."""
     experiment = find_experiment(experiment)
     given = given_parameters(namespace, experiment)
@@ -899,11 +939,11 @@ def start(
             raise ParameterError(str(error)) from None
     parameters, why = resolve(values, experiment, settings)
     parent = Path(parameters.reports) / (experiment.name + ("-generated" if parameters.data == "generated" else ""))
-    main, folder, earlier = devices.processes()[0] == 0, None, None
+    main, folder, earlier, passed = devices.processes()[0] == 0, None, None, ""
     if getattr(parameters, "deterministic", False):
         torch.use_deterministic_algorithms(True, warn_only=True)
     if main:
-        folder = unfinished(parent, parameters) if getattr(parameters, "resume", False) else None
+        folder, passed = unfinished(parent, parameters) if getattr(parameters, "resume", False) else (None, "")
         earlier = folder and json.loads((folder / "result.json").read_text(encoding="utf-8"))
         folder = folder or new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{parameters.preset}-seed{parameters.seed}")
     folder = Path(devices.broadcast(str(folder)))
@@ -915,7 +955,10 @@ def start(
     if "In" in namespace:
         namespace[_STARTED] = True
     print(f"{experiment.name}: preset {parameters.preset}, {parameters.data} data ({why}), device {parameters.device}, seed {parameters.seed}")
-    print(f"run folder: {parent.parent.name}/{parent.name}/{folder.name}" + (f", which goes on: it was {effective_status(earlier)} (resume = False begins anew)" if earlier else ""), flush=True)
+    goes_on = f", which goes on: it was {effective_status(earlier)} (resume = False begins anew)" if earlier else ""
+    print(f"run folder: {parent.parent.name}/{parent.name}/{folder.name}{goes_on}", flush=True)
+    if passed:
+        print(f"passed over: {passed}", flush=True)
     return run
 
 # %% ../nbs/16_experiment.ipynb #af0bdb60

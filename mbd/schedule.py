@@ -148,10 +148,10 @@ class Schedule:
         run, p, answers, (local, global_) = self.run, self.p, self.end.answers, self.end.pair
         self.weight = self.model.fusion.weight(local.exp(), global_.exp())
         run.save_predictions(ids=answers.ids, sources=answers.sources, labels=answers.labels, local_logits=local, global_logits=global_, weight=self.weight, classes=self.classes)
-        trained = [s for s in run.stages if s["epochs"]]
-        speed = sum(s["epochs"]*len(self.data["fit"]) for s in trained)/sum(s["seconds"] for s in trained) if trained else 0.
+        epochs = [row for row in self.rows if row["stream"] == "local"]      # they come back with the checkpoints: a killed session's count too
+        speed = len(epochs)*len(self.data["fit"])/sum(row["seconds"] for row in epochs) if epochs else 0.
         made = {"generator": miniactions.generator_id(self.spec), "gap": self.spec.gap, "difficulty": self.spec.difficulty} if run.generated else {}
-        skipped = sum(row["skipped"] for row in self.rows if row["stream"] == "local")
+        skipped = sum(row["skipped"] for row in epochs)
         about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, **made)
         return run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, **self.found)
 

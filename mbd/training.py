@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
 from . import devices
-from .checkpoints import digest
+from .checkpoints import CheckpointError, digest
 from .clips import batches
 from .datasets import has_seen
 from .distillation import Distillation, Placement, Projections, Teacher, compare_gradients, distillation_terms, weighted_sum
@@ -143,10 +143,12 @@ class _Teaching:
         for name, teacher in self.teachers.items(): teacher.update(streams[name])
 
 # %% ../nbs/13_training.ipynb #102ed98d
-def _pulls(name, stream, labels, terms, output, end):
-    "Norms of, and cosines between, the gradients of the labels' loss and of what is taught, over the weights of one stream."
-    mine = {key.split("_to_")[0]: term for key, term in terms.items() if key.endswith(f"_to_{name}")}
-    return compare_gradients({"labels": labels, **mine}, stream.parameters(), _pairs(output, end))
+def _pulls(name, stream, labels, terms, output, end, scale=1.):
+    """Norms of, and cosines between, the gradients of the labels' loss and of what is taught, over the weights of one stream.
+    With float16 they are computed `scale` times as large, as in training, lest they vanish on their way."""
+    mine = {"labels": labels} | {key.split("_to_")[0]: term for key, term in terms.items() if key.endswith(f"_to_{name}")}
+    found = compare_gradients({key: term*scale for key, term in mine.items()}, stream.parameters(), _pairs(output, end))
+    return {key: value/scale if key.startswith("norm ") else value for key, value in found.items()}
 
 # %% ../nbs/13_training.ipynb #8ada66c5
 def lay_out(
@@ -244,7 +246,8 @@ def _piece(trainer, batch, number, pieces, look):
     if t.school:
         terms, taught = t.school.terms(_autocast(t), batch, views, ends, mixture, _everybodys if t.world > 1 else None)
         loss = loss + weighted_sum(terms, t.distillation, min(t.done/t.steps, 1.))
-        if look: pulls = {name: _pulls(name, t.streams[name], losses[name], terms, outputs[name], ends[name]) for name in t.streams}
+        scale = t.accelerator.scaler.get_scale() if t.accelerator.scaler is not None else 1.
+        if look: pulls = {name: _pulls(name, t.streams[name], losses[name], terms, outputs[name], ends[name], scale) for name in t.streams}
     t.accelerator.backward(loss/pieces)
     t.each(lambda name: _carry(outputs[name], ends[name]), t.streams)
     clips = len(batch["label"])
@@ -350,7 +353,8 @@ def _about(model, data, settings, stage, distillation, only):
     if not hasattr(data, "augment"): raise ValueError(f"a stage on {type(data).__name__} takes no checkpoints: it is over in seconds")
     ids = json.dumps([[r.id, r.label] for r in data.records])
     views = json.dumps([asdict(v) for v in (data.local, data.global_, data.augment)] + [data.flip if isinstance(data.flip, bool) else sorted(data.flip)])
-    return dict(stage=stage, only=only, **{k: v for k, v in asdict(settings).items() if k != "max_skipped"}, distillation=distillation and asdict(distillation), videos=len(data.records),
+    groups = digest({"groups": model.map.group_codes}) if distillation and model.map else None
+    return dict(stage=stage, only=only, **{k: v for k, v in asdict(settings).items() if k != "max_skipped"}, distillation=distillation and asdict(distillation), groups=groups, videos=len(data.records),
                 data=hashlib.sha256((ids + views).encode()).hexdigest()[:16], start=digest({n: v for n, v in model.state_dict().items() if n.startswith(("local.", "global_."))}))
 
 # %% ../nbs/13_training.ipynb #7cad8aee
@@ -370,6 +374,12 @@ class _Place:
     def add(self, sums):
         self.seen += sums.pop("clips", 0)
         for name, value in sums.items(): self.sums[name] = self.sums.get(name, 0.) + value
+
+def _same_everywhere(stage, found):
+    "Raise CheckpointError where the processes do not go on from the same step."
+    steps = devices.gather([found.step, found.done] if found else None)
+    if any(s != steps[0] for s in steps):
+        raise CheckpointError(f"{stage}: the processes found different checkpoints ({', '.join(f'{r}: ' + (f'step {s[0]}' if s else 'none') for r, s in enumerate(steps))}); put the run's folder where all of them see it, or begin anew with resume = False")
 
 class Stopped(Exception):
     "A signal asked the training to stop; what it had done is saved."
@@ -395,6 +405,7 @@ def train(
     if distillation is not None and distillation.arm == "none": distillation = None
     about = checkpoints and _about(model, data, settings, stage, distillation, only)
     found = checkpoints and checkpoints.load(stage, about)
+    _same_everywhere(stage, found)
     example = next(iter(batches(data, 2))) if distillation and distillation.intermediate in ("logit", "hint") else None
     place, data.seed = _Place(), settings.seed
     score = None
@@ -522,7 +533,7 @@ def predict(
     if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
     (rank, world), first, device = devices.processes(), next(model.parameters()), next(model.parameters()).device
     begin, end = (len(data.records)*r // world for r in (rank, rank + 1))      # the videos that this process answers
-    out, number, found, about = None, 0, None, checkpoints and _about(model, data, Training(), stage, None, None) | {"views": data.views, "batch_size": batch_size, "processes": world}
+    out, number, found, about = None, 0, None, checkpoints and _about(model, data, Training(), stage, None, None) | {"clips": data.clips, "crops": data.crops, "batch_size": batch_size, "processes": world}
     stage = f"{stage}-{rank}-of-{world}" if world > 1 else stage
     if checkpoints and (found := checkpoints.load(stage, about)): out, number = found.tensors, found.step; data.failures.update(found.state)
     loader = batches(data, batch_size, workers=workers, part=(rank, world), pin_memory=device.type == "cuda")

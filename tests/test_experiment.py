@@ -26,8 +26,8 @@ def settings(folder, **changes):
 
 @pytest.fixture
 def start(tmp_path, capsys):
-    def begin(**given):
-        return ex.start("ucf101", {"preset": "smoke", **given}, settings=settings(tmp_path))
+    def begin(heartbeat=30.0, **given):
+        return ex.start("ucf101", {"preset": "smoke", **given}, settings=settings(tmp_path), heartbeat=heartbeat)
     yield begin
     if ex._current is not None:
         ex._current.fail("the test ended")
@@ -414,6 +414,19 @@ def test_status_by_heartbeat_from_another_machine():
     record, begin = running(host="elsewhere"), 1767225600      # 2026-01-01
     assert ex.effective_status(record, now=begin + 60) == "running"
     assert ex.effective_status(record, now=begin + ex.STALE + 1) == "interrupted"
+
+
+def test_a_stage_is_timed_while_it_runs_and_when_it_fails(start):
+    run = start(heartbeat=0.05)
+    with pytest.raises(ZeroDivisionError), run.stage("warm-up", epochs=3):
+        time.sleep(0.4)
+        (entry,) = written(run)["stages"]      # what a kill would leave
+        assert entry["name"] == "warm-up" and 0.1 < entry["seconds"] <= 0.5
+        1 / 0
+    with run.stage("warm-up", epochs=3):      # begun again: both times count
+        time.sleep(0.1)
+    (entry,) = written(run)["stages"]
+    assert 0.5 <= entry["seconds"] < 3 and entry["epochs"] == 3
 
 
 SCRIPT = """

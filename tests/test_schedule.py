@@ -60,10 +60,40 @@ def test_a_run_with_another_parameter_begins_anew(settings, change):
     assert go(settings, **{"seed": 2} | change).run.folder != first.run.folder
 
 
-def test_a_run_of_another_commit_begins_anew(settings, monkeypatch):
-    first = go(settings); (first.run.checkpoints/"stages"/"x").touch(); first.run.fail("stopped")
-    monkeypatch.setattr(experiment, "commit", lambda: "0123456789ab")
-    assert go(settings).run.folder != first.run.folder
+@pytest.mark.parametrize("what, value, words", [("code", "0123456789abcdef", "the code of mbd has changed"), ("versions", {"torch": "9.9", "python": "3"}, "other versions: ")])
+def test_a_run_of_other_code_or_versions_begins_anew_and_says_so(settings, monkeypatch, capsys, what, value, words):
+    first = go(settings); (first.run.checkpoints/"x").touch(); first.run.fail("stopped")
+    with monkeypatch.context() as now:
+        now.setattr(experiment, what, lambda: value)
+        assert go(settings).run.folder != first.run.folder
+    said = capsys.readouterr().out
+    assert f"passed over: {first.run.folder.name} is failed" in said and words in said
+    experiment._current.fail("stopped")
+    monkeypatch.setattr(experiment, "commit", lambda: "0123456789ab")      # a commit that changes no module, such as one of the README
+    assert go(settings).run.folder == first.run.folder
+
+
+def test_a_job_that_the_queue_starts_again_on_another_machine_goes_on(settings, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = go(settings); (first.run.checkpoints/"x").touch()
+    monkeypatch.setattr(experiment, "_current", None)      # killed there, not ended here
+    monkeypatch.setattr(experiment.socket, "gethostname", lambda: "the next machine")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert go(settings).run.folder == first.run.folder      # its heartbeat is seconds old
+    assert "goes on: it was interrupted" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "78")                # another job leaves it alone, and says why
+    assert go(settings).run.folder != first.run.folder and "is running: process" in capsys.readouterr().out
+
+
+def test_seconds_and_clips_of_a_killed_session_count(settings, monkeypatch):
+    whole = go(settings, seed=6); monkeypatch.setattr(Schedule, "distil", lambda self: 1/0)
+    with pytest.raises(ZeroDivisionError): whole.carry_out()
+    whole.run.fail("stopped"); monkeypatch.undo()
+    before = {s["name"]: s["seconds"] for s in json.loads((whole.run.folder/"result.json").read_text())["stages"]}
+    again = go(settings, seed=6); record = again.carry_out()
+    after, epochs = {s["name"]: s["seconds"] for s in record["stages"]}, [r for r in again.rows if r["stream"] == "local"]
+    assert again.run.folder == whole.run.folder and after["warm-up"] >= before["warm-up"] > 0
+    assert record["cost"]["train_clips_per_second"] == pytest.approx(len(epochs)*len(again.data["fit"])/sum(r["seconds"] for r in epochs)) and {r["stage"] for r in epochs} == {"warm-up", "distil", "control"}
 
 
 def test_a_running_run_is_not_taken_over(settings):
@@ -75,7 +105,7 @@ def test_a_running_run_is_not_taken_over(settings):
         assert go(settings).run.folder != theirs
     finally: child.kill(); child.wait()
     experiment._current.fail("stopped")
-    assert experiment.unfinished(theirs.parent, experiment.resolve(experiment.check_parameters(ASKED, "ucf101"), "ucf101", settings)[0]) is not None
+    assert experiment.unfinished(theirs.parent, experiment.resolve(experiment.check_parameters(ASKED, "ucf101"), "ucf101", settings)[0])[0] is not None
 
 
 def test_the_recipe_of_a_run_is_that_of_its_stages(settings):
@@ -117,8 +147,12 @@ def test_the_command_trains_and_its_mistakes_are_one_line(tmp_path, videos, monk
         looking.setattr(experiment, "_shell", lambda: SimpleNamespace(events=SimpleNamespace(register=lambda *given: None)))
         looked = go(settings, control=False).run
         assert looked.folder == file.parent and looked.status == "running"
+        assert json.loads(file.read_text()) == record      # killed here, it is still what it was
         looked.fail("a figure could not be drawn")
         assert json.loads(file.read_text()) == record
+        looking.setattr(experiment, "hardware", lambda: "the notebook's machine")
+        drawn = go(settings, control=False).carry_out()      # to its end: now it has been looked at; all else is of those who trained it
+        assert drawn == json.loads(file.read_text()) == record | {"notebook": True}
     assert go(settings, control=False).run.folder != file.parent      # a complete run is left alone
     assert main([*words, "-p", "epocs", "3"]) == 2 and main(["train", "ucf102"]) == 2
     said = capsys.readouterr().err.splitlines()

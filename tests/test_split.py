@@ -105,6 +105,20 @@ def test_a_checkpoint_at_the_end_of_an_epoch_is_gone_on_from(tmp_path):
     assert furthest(whole, ended) == 0
 
 
+def apart(settings, folder):
+    "Two machines, each with a folder of its own under the same name."
+    from mbd.checkpoints import CheckpointError
+    try: resume(settings, f"{folder}/{devices.processes()[0]}", 0)
+    except CheckpointError as error: return str(error)
+
+
+def test_processes_that_do_not_see_the_same_checkpoint_say_so(tmp_path):
+    settings = plain(replace(SETTINGS, epochs=1))
+    resume(settings, f"{tmp_path}/0", 2)
+    said = devices.launch(apart, (settings, str(tmp_path)), 2, "cpu")
+    assert said[0] == said[1] and "0: step 1, 1: none" in said[0] and "resume = False" in said[0]
+
+
 def test_all_processes_end_with_the_same_statistics_too():
     two = devices.launch(learn, (plain(replace(SETTINGS, epochs=2, batch_norm="batch")), None), 2, "cpu")
     assert any("running" in n for n in two[0][0]) and furthest(two[0][0], two[1][0]) == 0

@@ -9,7 +9,7 @@ from mbd.distillation import Distillation
 from mbd.dominance import DominanceMap
 from mbd.fusion import AdaptiveFusion, MeanFusion
 from mbd.global_stream import GlobalStream
-from mbd.local_stream import LocalStream
+from mbd.local_stream import LocalStream, StreamOutput
 from mbd.model import MBD
 from mbd.recipes import Mixing
 from mbd.training import Training, calibrate, fit_fusions, measure_map, optimiser, predict, train
@@ -267,6 +267,15 @@ def test_teachers_are_calibrated():
     def hot(model): model.temperature.copy_(torch.tensor([5., .2]))
     assert not equal(weights(trained(distillation=TEACH, change=hot)[0]), weights(trained(distillation=TEACH)[0]))
     assert trained(distillation=TEACH, change=hot)[0].temperature.tolist() == pytest.approx([5., .2])      # measured anew by measure_map only
+
+
+def test_pulls_are_the_same_at_any_scale_of_the_loss():
+    torch.manual_seed(0)
+    stream, clip = torch.nn.Linear(3, 4), torch.randn(5, 3)
+    output = StreamOutput(stream(clip), stream(clip), {"early": stream(clip)}); end = training._ends(output)
+    labels, taught = end.logits.square().sum(), {"final_to_local": end.logits.sum(), "stage_to_local": end.stages["early"].exp().sum(), "final_to_global": end.logits.sum()}
+    one, scaled = (training._pulls("local", stream, labels, taught, output, end, s) for s in (1., 1024.))
+    assert one == pytest.approx(scaled) and {"norm labels", "norm final", "norm stage", "cosine labels, final"} <= set(one) and one["norm labels"] > 0
 
 
 def test_teaching_pulls_the_student_to_its_teacher():
