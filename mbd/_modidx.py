@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mbd.checkpoints._first_sound': ('checkpoints.html#_first_sound', 'mbd/checkpoints.py'),
                                  'mbd.checkpoints._mb': ('checkpoints.html#_mb', 'mbd/checkpoints.py'),
                                  'mbd.checkpoints._parse': ('checkpoints.html#_parse', 'mbd/checkpoints.py'),
+                                 'mbd.checkpoints._put_aside': ('checkpoints.html#_put_aside', 'mbd/checkpoints.py'),
                                  'mbd.checkpoints._read': ('checkpoints.html#_read', 'mbd/checkpoints.py'),
                                  'mbd.checkpoints._refused': ('checkpoints.html#_refused', 'mbd/checkpoints.py'),
                                  'mbd.checkpoints._save': ('checkpoints.html#_save', 'mbd/checkpoints.py'),

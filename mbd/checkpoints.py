@@ -146,6 +146,13 @@ def _read(file):
 # %% ../nbs/13_checkpoints.ipynb #d1c7f777
 _log = logging.getLogger("mbd.checkpoints")
 
+def _put_aside(file, reason, found):
+    "Rename a damaged file, and say so."
+    aside = file.with_name(file.name + ".damaged")
+    with contextlib.suppress(OSError): os.replace(file, aside)
+    _log.warning("the checkpoint %s is damaged (%s)%s; %s", file, reason, f" and was put aside as {aside.name}" if aside.exists() else "", f"{found[0].file.name} is used instead" if found else "there is no other one")
+
+# %% ../nbs/13_checkpoints.ipynb #8b7defcd
 def _first_sound(folder, stage, wanted=lambda entry: True):
     "What the newest sound file of a stage holds, (Checkpoint, fingerprint), or None. Raises CheckpointError where one cannot be read."
     for _ in range(20):
@@ -159,10 +166,7 @@ def _first_sound(folder, stage, wanted=lambda entry: True):
                 except ValueError as error: bad[entry.file] = error
         except FileNotFoundError: continue
         except OSError as error: raise CheckpointError(f"{entry.file} cannot be read: {error.strerror}; nothing was changed") from error
-        for file, reason in bad.items():
-            aside = file.with_name(file.name + ".damaged")
-            with contextlib.suppress(OSError): os.replace(file, aside)
-            _log.warning("the checkpoint %s is damaged (%s)%s; %s", file, reason, f" and was put aside as {aside.name}" if aside.exists() else "", f"{found[0].file.name} is used instead" if found else "there is no other one")
+        for file, reason in bad.items(): _put_aside(file, reason, found)
         return found
     raise CheckpointError(f"{folder}: the files of stage {stage!r} keep changing; is another training writing there?")
 
