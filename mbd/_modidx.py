@@ -1079,6 +1079,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbd.training._join_statistics': ('training.html#_join_statistics', 'mbd/training.py'),
                               'mbd.training._move': ('training.html#_move', 'mbd/training.py'),
                               'mbd.training._moved': ('training.html#_moved', 'mbd/training.py'),
+                              'mbd.training._needed': ('training.html#_needed', 'mbd/training.py'),
                               'mbd.training._numbers': ('training.html#_numbers', 'mbd/training.py'),
                               'mbd.training._one_step': ('training.html#_one_step', 'mbd/training.py'),
                               'mbd.training._pairs': ('training.html#_pairs', 'mbd/training.py'),

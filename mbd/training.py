@@ -17,7 +17,7 @@ from . import devices
 from .checkpoints import CheckpointError, digest
 from .clips import batches
 from .datasets import has_seen
-from .distillation import Distillation, Placement, Projections, Teacher, compare_gradients, distillation_terms, weighted_sum
+from .distillation import Distillation, Placement, Projections, Teacher, _pooled, compare_gradients, distillation_terms, weighted_sum
 from .dominance import DominanceMap, fit_temperature, measure
 from .evaluation import average_views, choose_baseline
 from .fusion import fit_all
@@ -122,6 +122,7 @@ class _Teaching:
         self.groups, self.config = model.map.group_codes.to(next(model.parameters()).device), config
         self.compares = config.intermediate_weight > 0
         self.layers = self._layers(example, settings.seed) if self.compares and config.intermediate in ("logit", "hint") else None
+        self.pools = config.intermediate in ("relation", "logit")
 
     @torch.no_grad()
     def _layers(self, example, seed):
@@ -239,7 +240,7 @@ def _piece(trainer, batch, number, pieces, look):
     local, global_, mixture = mix(batch, settings.mixing, at)
     mixture = replace(mixture, labels=mixture.labels.to(t.device), others=mixture.others.to(t.device))
     views = {name: _moved(view, t) for name, view in (("local", local), ("global", global_)) if name in t.streams}
-    outputs = t.each(lambda name: t.sides[name](views[name]), t.streams)
+    outputs = t.each(lambda name: _needed(t, t.sides[name](views[name])), t.streams)
     ends = {name: _ends(output) for name, output in outputs.items()}
     losses = {name: mixture.cross_entropy(end.logits, settings.smoothing) for name, end in ends.items()}
     loss, taught = sum(losses.values()), {}
@@ -254,6 +255,11 @@ def _piece(trainer, batch, number, pieces, look):
     for name, value in [*((f"{n} loss", v) for n, v in losses.items()), *taught.items()]: sums[name] = value.detach().float()*clips
     for name, output in outputs.items(): sums[f"{name} right"] = mixture.accuracy(output.logits.detach()).float().sum()
     return sums | {"clips": clips}, pulls
+
+def _needed(trainer, output):
+    "The output, with the channels' means in place of feature maps where the losses look at nothing else."
+    if not (trainer.school and trainer.school.pools): return output
+    return replace(output, stages={name: _pooled(stage) for name, stage in output.stages.items()} if trainer.school.compares else {})
 
 def _everybodys(rows):
     "The rows of all processes, and the number of the first own one."
