@@ -9,7 +9,7 @@ __all__ = ['INTERMEDIATES', 'ARMS', 'TEACHERS', 'FINALS', 'soft_kl', 'decoupled_
            'distillation_terms', 'weighted_sum', 'distillation_loss', 'compare_gradients']
 
 # %% ../nbs/10_distillation.ipynb #5bfcf588
-import copy, itertools, math
+import copy, functools, itertools, math
 from collections import OrderedDict
 from dataclasses import dataclass
 from numbers import Real
@@ -90,39 +90,43 @@ def _pooled(feature_map):
     cells, maps = tuple(range(2, feature_map.ndim)), feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
     return maps.sum(cells) / math.prod(maps.shape[2:]) if cells else maps      # unlike `mean`, whose backward pass fills a whole map with one number a channel
 
+_TOO_FEW = "relations need a batch of 3 or more, not {}: around their mean, two videos always lie opposite each other. Raise batch_size, or use intermediate='logit'"
+
 def relations(
     feature_map: torch.Tensor, # (B, C, T, H, W)
 ) -> torch.Tensor: # (B, C), rows of length one
     "Each video's pooled features as a direction from the batch mean; products of rows are the batch's similarities (ours). ValueError below 3 videos"
-    if len(feature_map) < 3: raise ValueError(f"relations need a batch of 3 or more, not {len(feature_map)}: around their mean, two videos always lie opposite each other. Raise batch_size, or use intermediate='logit'")
+    if len(feature_map) < 3: raise ValueError(_TOO_FEW.format(len(feature_map)))
     pooled = _pooled(feature_map)
     return F.normalize(pooled - pooled.mean(0), dim=1, eps=1e-6)
 
 # %% ../nbs/10_distillation.ipynb #d690dd00
-def _exchange(rows, gather):
-    "For rows [(B, C), ...]: those of all processes, from one exchange for the whole list, without history; and the number of the first own one"
-    together = torch.cat([r.detach() for r in rows], 1)
-    everybody, first = gather(together) if gather else (together, 0)
-    return [part.to(own.dtype) for part, own in zip(everybody.split([r.shape[1] for r in rows], 1), rows)], first
+def _stacked(rows):
+    "(P, N, C) of [(N, C), ...], filled up with zeros: they change no length and no product"
+    dtype = functools.reduce(torch.promote_types, [r.dtype for r in rows])
+    return nn.utils.rnn.pad_sequence([r.T.to(dtype) for r in rows], batch_first=True).mT
 
 def _relation_rows(own, students, teachers, first):
-    "(B,) loss of each own row; everybody's rows, the own ones from number `first` on, are landmarks"
-    landmarks, lesson, mine = relations(students), relations(teachers), slice(first, first + len(own))
-    student = F.normalize(own - students.mean(0), dim=1, eps=1e-6)
-    difference = student @ landmarks.T - (lesson[mine] @ lesson.T).to(student.dtype)
-    others = 1 - torch.eye(len(students), dtype=student.dtype, device=student.device)[mine]
-    return (difference.square() * others).sum(1) / (len(students) - 1)
+    "(P, b) loss of each own row (P, b, C); everybody's rows (P, N, C), the own ones from number `first` on, are landmarks"
+    unit = lambda rows, centre: F.normalize(rows - centre.mean(1, keepdim=True), dim=2, eps=1e-6)
+    landmarks, lesson, mine = unit(students, students), unit(teachers, teachers), slice(first, first + own.shape[1])
+    difference = unit(own, students) @ landmarks.mT - lesson[:, mine] @ lesson.mT
+    others = 1 - torch.eye(students.shape[1], dtype=own.dtype, device=own.device)[mine]
+    return (difference.square() * others).sum(2) / (students.shape[1] - 1)
 
 def _relation_losses(maps, gather=None, few=False):
-    "A scalar for each (student map, teacher map, weight) of the list; zeros where `few` videos are allowed and there are below 3"
+    "A scalar for each (student map, teacher map, weight) of the list, all at once; zeros where `few` videos are allowed and there are below 3"
     for student, teacher, _ in maps:
         if len(student) != len(teacher): raise ValueError(f"batches differ: {len(student)} student and {len(teacher)} teacher videos")
     with torch.autocast(maps[0][0].device.type, enabled=False):
-        own = [_pooled(student) for student, _, _ in maps]
-        everybody, first = _exchange([*own, *(_pooled(teacher.detach()) for _, teacher, _ in maps)], gather)
-        if few and len(everybody[0]) < 3: return [weight.sum() * 0 for _, _, weight in maps]
-        students, teachers = everybody[:len(maps)], everybody[len(maps):]
-        return [_mean_row(_relation_rows(*rows, first), weight) for *rows, (_, _, weight) in zip(own, students, teachers, maps)]
+        rows = _stacked([_pooled(m) for m in [s for s, _, _ in maps] + [t.detach() for _, t, _ in maps]])      # (2P, b, C)
+        pairs, (_, b, channels) = len(maps), rows.shape
+        everybody, first = gather(rows.detach().transpose(0, 1).reshape(b, -1)) if gather else (None, 0)      # one exchange for all
+        everybody = rows.detach() if everybody is None else everybody.unflatten(1, (-1, channels)).transpose(0, 1).to(rows.dtype)
+        if few and everybody.shape[1] < 3: return [weight.sum() * 0 for _, _, weight in maps]
+        if everybody.shape[1] < 3: raise ValueError(_TOO_FEW.format(everybody.shape[1]))
+        losses = _relation_rows(rows[:pairs], everybody[:pairs], everybody[pairs:], first)
+        return [_mean_row(loss, weight) for loss, (_, _, weight) in zip(losses, maps)]
 
 # %% ../nbs/10_distillation.ipynb #bc72682a
 def relation_loss(

@@ -222,7 +222,7 @@ def _stepper(name, pair, settings, options, device):
                 for teacher, clip in zip(teachers, (batch["local"], batch["global_"])): teacher(clip.to(device).contiguous(memory_format=layout))
         yield forward
         return
-    lesson = Distillation(teacher=name, only_right_teacher=False) if name in LESSONS else None
+    lesson = Distillation(arm="both", teacher=name, only_right_teacher=False) if name in LESSONS else None
     with Trainer(model, 10**6, settings, lesson, name if name in PARTS else None) as trainer: yield lambda batch: trainer.step([batch])
 
 # %% ../nbs/14_speed.ipynb #d3914b52
