@@ -42,6 +42,7 @@ def _child(rank, function, args, world, kind, threads, folder):
     os.environ.update({name: str(value) for name, value in dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1").items()})
     if kind == "cuda": torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=dist.FileStore(str(Path(folder) / "store"), world), rank=rank, world_size=world, timeout=timedelta(minutes=30))
+    dist.barrier() # a process whose work is short would else be gone before a slower one has met it
     _answer(function, args, folder)
     dist.destroy_process_group()
 

@@ -379,7 +379,7 @@ def _added(values, parts): return [sum(some) for some in zip(*(values[part] for 
 def _section(measured, gflops, batch_size, rate, workers):
     "Lines of Markdown for what `_arms` measured."
     seconds, memory, (step, waited) = measured
-    lines = ["| step | s | times its parts | videos/s | of the matrix rate | MiB | times its parts |", "|" + "---|"*7]
+    lines = ["| step | s | times its parts | videos/s | of the matrix rate | MiB | MiB, times its parts |", "|" + "---|"*7]
     for name, work in step_gflops(*gflops).items():
         parts = made_of(name) if name in LESSONS else ()
         mib = None if memory[name] is None else memory[name] / 2**20
