@@ -500,48 +500,50 @@ def table(
     return "\n".join("  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines)
 
 # %% ../nbs/03_datasets.ipynb #92d43cdb
-def _shares(fractions):
+def _shares(fractions, rest):
     "Check the fractions of the parts that are cut off."
     for name, f in fractions.items():
-        if name == "fit": raise ValueError("fractions: 'fit' gets what is left, it cannot be given")
+        if name == rest: raise ValueError(f"fractions: {rest!r} gets what is left, it cannot be given")
         if not 0 < f < 1: raise ValueError(f"fractions: {name} = {f!r} must lie between 0 and 1")
-    if sum(fractions.values()) >= 1: raise ValueError(f"fractions: {fractions} leave nothing to 'fit'; their sum must be below 1")
+    if sum(fractions.values()) >= 1: raise ValueError(f"fractions: {fractions} leave nothing to {rest!r}; their sum must be below 1")
     return fractions
 
 # %% ../nbs/03_datasets.ipynb #8755baf3
-def _deal(sources, fractions, where, rng):
+def _deal(sources, fractions, where, rng, rest="fit"):
     "Put the sources of one class into `where` {source: part}, keeping those already there."
     free = [sources[i] for i in rng.permutation(len(sources)) if sources[i] not in where]
     have = Counter(where[s] for s in sources if s in where)
     wanted = {part: max(1, round(f * len(sources))) for part, f in fractions.items()}
-    if free and not have["fit"]: where[free.pop()] = "fit"
+    if free and not have[rest]: where[free.pop()] = rest
     while free and any(have[part] < n for part, n in wanted.items()):
         part = max(wanted, key=lambda part: (not have[part], wanted[part] - have[part]))   # an empty part first
         where[free.pop()] = part
         have[part] += 1
-    where.update((source, "fit") for source in free)
+    where.update((source, rest) for source in free)
 
 # %% ../nbs/03_datasets.ipynb #e707b416
 def cut_parts(
-    records, # a Dataset, or records, of a training list
-    fractions={"map": 0.15, "gate": 0.15}, # part -> fraction of each class's sources; the rest is "fit"
+    records, # a Dataset, or records, of one list
+    fractions={"map": 0.15, "gate": 0.15}, # part -> fraction of each class's sources
     seed=0, # same seed and same records, same parts
-) -> dict: # part -> list of Record, "fit" first
-    "Cut training records by source, every class in every part. Raises ValueError for test records and where there is no such cut."
-    records, fractions = list(getattr(records, "records", records)), _shares(fractions)
+    rest="fit", # name of what is left: "fit" of a training list, "test" of a test or validation list
+) -> dict: # part -> list of Record, the rest first
+    "Cut records by source, every class in every part. Raises ValueError for records of the other kind of list and where there is no such cut."
+    records, fractions = list(getattr(records, "records", records)), _shares(fractions, rest)
+    if rest not in ("fit", "test"): raise ValueError(f"rest = {rest!r} must be 'fit' (of a training list) or 'test' (of a test or validation list)")
     if not records: raise ValueError("there are no records to cut; were the videos found?")
-    test = next((r for r in records if r.subset != "train"), None)
-    if test: raise ValueError(f"{test.id} belongs to the {test.subset!r} list; parts are cut from the training list only")
+    other = next((r for r in records if (r.subset == "train") != (rest == "fit")), None)
+    if other: raise ValueError(f"{other.id} belongs to the {other.subset!r} list; {'parts are cut from the training list only' if rest == 'fit' else 'it cannot be tested on'}")
     by_class = {label: set() for label in sorted({r.label for r in records})}
     for r in records: by_class[r.label].add(r.source)
     by_class = {label: sorted(sources) for label, sources in by_class.items()}
-    names = ("fit", *fractions)
+    names = (rest, *fractions)
     for label, sources in by_class.items():
         if len(sources) < len(names): raise ValueError(f"class {label} has {len(sources)} source(s) ({', '.join(sources)}); {len(names)} parts need at least {len(names)} of each class")
     order = sorted(by_class, key=lambda label: (len(by_class[label]), label))
     for attempt in range(100):
         where = {}
-        for label in order: _deal(by_class[label], fractions, where, np.random.default_rng([seed, label, attempt]))
+        for label in order: _deal(by_class[label], fractions, where, np.random.default_rng([seed, label, attempt]), rest)
         lacking = [label for label, sources in by_class.items() if {where[s] for s in sources} != set(names)]
         if not lacking: return {part: [r for r in records if where[r.source] == part] for part in names}
     raise ValueError(f"no cut was found with class {lacking[0]} in every part: it shares its sources with other classes; use fewer parts or other fractions")

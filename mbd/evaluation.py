@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['top_k_correct', 'average_views', 'describe_protocol', 'intervals', 'interval', 'paired_difference', 'choose_baseline',
-           'confusion', 'oracle', 'agreement', 'by_group', 'by_length', 'rank_correlation', 'evaluate']
+           'confusion', 'oracle', 'agreement', 'by_group', 'by_length', 'fewer_clips', 'rank_correlation', 'evaluate']
 
 # %% ../nbs/14_evaluation.ipynb #e8e26ac0
 import numpy as np
@@ -212,20 +212,28 @@ def by_length(
     correct: dict,  # method -> (N,) right or wrong
     lengths,  # (N,) frames of each video
     sources,  # (N,) the source of each video; None: every video is its own
-    edges=None,  # inner borders of the bins, in frames; None: at the thirds
+    edges=None,  # inner borders of the bins, in frames; None: at the quartiles
     **options,  # resamples, confidence, seed
 ) -> dict:
     "{'shortest-longest': {videos, top1, top1_interval}} for bins of video length, in frames."
     lengths = _array(lengths)
     if lengths.ndim != 1 or not lengths.size or lengths.min() <= 0:
         raise ValueError("lengths must be a positive number of frames for every video")
-    edges = np.quantile(lengths, [1 / 3, 2 / 3]) if edges is None else np.asarray(edges)
+    edges = np.quantile(lengths, [0.25, 0.5, 0.75]) if edges is None else np.asarray(edges)
     bins = {}
     which = np.searchsorted(np.unique(edges), lengths, side="left")
     for i in np.unique(which):
         mine = which == i
         bins[f"{int(lengths[mine].min())}-{int(lengths[mine].max())}"] = mine
     return _by(bins, correct, sources, options)
+
+# %% ../nbs/14_evaluation.ipynb #a04d814a
+def fewer_clips(
+    clips: int,  # of the protocol
+) -> dict:
+    "{count: indices}: 1, 2, 5, ... of the clips, spread evenly over them, up to all."
+    counts = sorted({n for n in (1, 2, 5, 10, 20, 50) if n < clips} | {clips})
+    return {n: np.linspace(0, clips - 1, n + 2)[1:-1].round().astype(int) if n == 1 else np.linspace(0, clips - 1, n).round().astype(int) for n in counts}
 
 # %% ../nbs/14_evaluation.ipynb #ebe9f7fc
 def rank_correlation(

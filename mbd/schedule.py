@@ -10,31 +10,38 @@ import copy
 from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, torch
-from . import clips, datasets, devices, evaluation, experiment, miniactions, pairs, scanning, training, video
+from . import clips, datasets, devices, evaluation, experiment, miniactions, pairs, plan as plans, scanning, training, video
 from .checkpoints import Checkpoints
 from .experiment import ParameterError, Progress
+from .interventions import ORDERS, Reordered
 from .model import MBD
 
 # %% ../nbs/16_schedule.ipynb #993fc3fc
 class Schedule:
-    """The steps of a run: find, build, read, warm_up, distil, fuse, result, record; `carry_out` takes them all.
+    """The steps of a run: find, build, plan, read, warm_up, distil, fuse, result, record; `carry_out` takes them all.
     Each raises what the chapters it calls raise; an experiment.Run keeps what they find."""
     def __init__(self, run):
         self.run, self.p, self.teach = run, run.parameters, experiment.teaching(run.parameters)
         self.checkpoints = Checkpoints(run.checkpoints/"stages", every=60*self.p.checkpoint_minutes)
-        self.rows, self.stages = [], {}
+        self.rows, self.stages, self.planned = [], {}, None
 
     def find(self):
         "The official lists, and their records cut into parts. On generated data the set is made first."
         p, run, name = self.p, self.run, self.run.experiment.data_name
         if run.generated:
+            if "miniactions" not in run.settings.data: raise ParameterError("there is no folder for generated videos: start below the kit's folder, whose settings.ini names one, or set MBD_DATA_MINIACTIONS")
             self.spec = miniactions.sized(p.train_videos, p.test_videos, seed=p.generator_seed)
-            self.folder, annotations = run.settings.data["miniactions"]/miniactions.generator_id(self.spec).replace("/", "-"), None
-            with run.stage("generate"), devices.main_first(): miniactions.generate(self.folder, progress=Progress("generating", "videos"), spec=self.spec)
+            made = miniactions.generator_id(self.spec).replace("/", "-") + (f"-{name}" if name != "ucf101" else "")
+            self.folder, annotations = run.settings.data["miniactions"]/made, None
+            with run.stage("generate"), devices.main_first(): miniactions.generate(self.folder, name, progress=Progress("generating", "videos"), spec=self.spec)
         else: self.spec, self.folder, annotations = None, run.settings.data[name], run.settings.annotations.get(name)
-        self.lists = {part: datasets.load(name, self.folder, p.split, part, annotations) for part in ("train", "test")}
+        tested = "validation" if "validation" in datasets.READERS[name][2] else "test"      # Kinetics-400 and Something-Something V2 report on it
+        self.lists = {part: datasets.load(name, self.folder, p.split, subset, annotations) for part, subset in [("train", "train"), ("test", tested)]}
         chosen = {part: experiment.subset(self.lists[part].records, 0 if run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]}
-        self.parts = datasets.cut_parts(chosen["train"], {"map": .2, "gate": .15}, seed=p.seed) | {"test": chosen["test"]}
+        if p.map_on_val:      # the same half in every run, whatever its seed
+            halves = datasets.cut_parts(chosen["test"], {"map": .25, "gate": .25}, rest="test")
+            self.parts = {"fit": chosen["train"], "map": halves["map"], "gate": halves["gate"], "test": halves["test"]}
+        else: self.parts = datasets.cut_parts(chosen["train"], {"map": .2, "gate": .15}, seed=p.seed) | {"test": chosen["test"]}
         self.classes, self.records = self.lists["test"].classes, {r.id: r for part in self.parts.values() for r in part}
         return self
 
@@ -53,25 +60,40 @@ class Schedule:
         self.cost = experiment.model_cost(self.model)
         return self
 
+    def _kept(self):
+        "(short side, frames at most) of videos that stay in memory; None where they are read from the files."
+        views = self.model.local_view, self.model.global_view
+        if self.p.read == "memory": return max(64, round(max(view.size for view in views)/.875)), None if self.run.generated or views[0].seconds else 2*views[0].frames
+
+    def plan(self):
+        "What the run will take (chapter 16 on plans); nothing, where all is done. Raises ParameterError where it cannot fit."
+        if self.run.looked_at: self.planned = "plan: this run is complete, and is only looked at"
+        else: self.planned = plans.make_plan(self.parts, self.model, self.p, self.run.folder, self._kept())
+        return self
+
     def read(self):
         "Decode the videos into memory, or find their index; then the data sets of all parts."
         p, run, views = self.p, self.run, (self.model.local_view, self.model.global_view)
         self.frames, self.index, self.unreadable = None, None, {}
         if p.read == "memory":
-            short = max(64, round(max(view.size for view in views)/.875))
             with run.stage("decode"):
-                self.frames, self.unreadable = clips.load_frames(self.records.values(), size=short, max_frames=None if run.generated or views[0].seconds else 2*views[0].frames,
-                                                                 progress=self.progress("decoding", "videos"), max_failures=p.max_failures)
+                size, most = self._kept()
+                self.frames, self.unreadable = clips.load_frames(self.records.values(), size=size, max_frames=most, progress=self.progress("decoding", "videos"), max_failures=p.max_failures)
         else:
             known = scanning.load_index(self.folder)
             self.index = {id: known[name] for id, r in self.records.items() if (name := r.path.relative_to(self.folder).as_posix()) in known}
+        self.data = {name: self._data(name) for name in self.parts}
         n_clips, crops = clips.protocol(p.protocol)
-        flip = False if run.generated else self.lists["train"].directional
-        self.data = {name: clips.ClipDataset(part, self.frames, *views, train=name == "fit", flip=flip, clips=n_clips, crops=crops, seed=p.seed,
-                                             augment=clips.AUGMENTATIONS[p.augmentation], index=self.index, max_failures=p.max_failures) for name, part in self.parts.items()}
         self.reading = dict(batch_size=4*p.batch_size, workers=p.workers if p.read == "files" else 0, checkpoints=self.checkpoints)
         self.protocol = {"clips": n_clips, "crops": crops, "local": vars(views[0]), "global": vars(views[1])}
         return self
+
+    def _data(self, part, protocol=None):
+        "The clips of a part; videos to be tested in the fixed views of a protocol."
+        p, (n_clips, crops) = self.p, clips.protocol(protocol or self.p.protocol)
+        flip = False if self.run.generated else self.lists["train"].directional      # mirrored, left would be right
+        return clips.ClipDataset(self.parts[part], self.frames, self.model.local_view, self.model.global_view, train=part == "fit", flip=flip, clips=n_clips, crops=crops, seed=p.seed,
+                                 augment=clips.AUGMENTATIONS[p.augmentation], index=self.index, max_failures=p.max_failures)
 
     def counts(self):
         "{part: {expected, found, unreadable}}, with what has failed so far."
@@ -110,15 +132,32 @@ class Schedule:
         self._map(model, stage)
         fusions, best = training.fit_fusions(model, self.data["gate"], **self.reading, stage=f"gate-{stage}")
         answers = training.predict(model, self.data["test"], progress=self.progress("test", "clips"), **self.reading, stage=f"test-{stage}")
-        return SimpleNamespace(model=model, answers=answers, pair=training.calibrate(answers, model.temperature), fused=training.fuse_all(fusions, answers, model.temperature), best=best)
+        return SimpleNamespace(model=model, fusions=fusions, answers=answers, pair=training.calibrate(answers, model.temperature), fused=training.fuse_all(fusions, answers, model.temperature), best=best)
 
     def fuse(self):
         "Stage 4: the map again, the fusions, the test list; of the control too. The model is saved."
         with self.run.stage("fuse and test"):
             self.end = self._finish(self.model, "distil")
+            self.also = self._test_again()
+            self.reordered = self._reorder()
             self.alone = self._finish(self.control, "control") if self.control is not None else None
         if self.run.main: self.run.save_dominance(self.model.map); self.model.save(self.run.checkpoints/"model")
         return self
+
+    def _test_again(self):
+        "The same model, map and fusions in the second protocol, where one is asked for."
+        if self.p.also == "none": return None
+        answers = training.predict(self.model, self._data("test", self.p.also), progress=self.progress(f"test, {self.p.also}", "clips"), **self.reading, stage="test-also")
+        pair = training.calibrate(answers, self.model.temperature)
+        return SimpleNamespace(model=self.model, answers=answers, pair=pair, fused=training.fuse_all(self.end.fusions, answers, self.model.temperature), best=self.end.best)
+
+    def _reorder(self):
+        "Answers to one view of each test video with its frames as they are, shuffled and reversed."
+        found, data = {}, self._data("test", "1x1")
+        for order in ORDERS:
+            model = MBD(Reordered(self.model.local, order, self.p.seed), Reordered(self.model.global_, order, self.p.seed), self.classes)
+            found[order] = training.predict(model, data, progress=self.progress(f"test, frames {order}", "clips"), **self.reading, stage=f"test-{order}")
+        return found
 
     def _score(self, end):
         ids, p = end.answers.ids, self.p
@@ -131,8 +170,41 @@ class Schedule:
         self.found, same = self._score(self.end), [evaluation.top_k_correct(end.fused["adaptive"], self.end.answers.labels) for end in (self.end, self.alone) if end]
         self.found["control"] = {"kind": "equal steps", **self._score(self.alone)} if self.alone else None
         if self.alone: self.found["distilled_minus_control"] = evaluation.paired_difference(*same, self.end.answers.sources, self.p.resamples, seed=self.p.seed)
+        if self.also:
+            names = ("top1", "top1_interval", "adaptive_minus_best_baseline")
+            self.found["also"] = {self.p.also: {n: value for n, value in self._score(self.also).items() if n in names}}
+        self.found["by_clips"], self.found["order"] = self._by_clips(), self._order()
         if self.run.generated: self.found["construction"] = self._construction()
         return self.found
+
+    def _adaptive(self, local, global_):
+        "{method: probabilities} of both streams, their mean and the adaptive fusion, from calibrated log-probabilities."
+        p = {"local": local.exp(), "global": global_.exp()}
+        return p | {"average": (p["local"] + p["global"])/2, "adaptive": self.model.fusion(*p.values())}
+
+    def _by_clips(self):
+        "Accuracy with fewer of the protocol's clips."
+        answers, crops, found = self.end.answers, self.protocol["crops"], {}
+        for count, at in evaluation.fewer_clips(self.protocol["clips"]).items():
+            views = [clip*crops + crop for clip in at.tolist() for crop in range(crops)]
+            few = replace(answers, local=answers.local[:, views], global_=answers.global_[:, views])
+            found[str(count)] = {name: float(evaluation.top_k_correct(q, answers.labels).mean()) for name, q in self._adaptive(*training.calibrate(few, self.model.temperature)).items()}
+        return found
+
+    def _order(self):
+        "Accuracy with the frames of each clip in another order, and what that costs: [points, low, high] over sources."
+        right = {order: {name: evaluation.top_k_correct(q, a.labels) for name, q in self._adaptive(*training.calibrate(a, self.model.temperature)).items()} for order, a in self.reordered.items()}
+        sources, options = self.reordered["original"].sources, dict(resamples=self.p.resamples, seed=self.p.seed)
+        return {order: {name: {"top1": float(r.mean())} | ({"change": evaluation.paired_difference(r, right["original"][name], sources, **options)} if order != "original" else {})
+                        for name, r in some.items()} for order, some in right.items()}
+
+    def changes(self):
+        "[(class, videos, points)]: what distillation changed in the adaptive answers of each class, against the control, most helped first; and (helped, hurt): places of the test videos."
+        right, other = (evaluation.top_k_correct(end.fused["adaptive"], end.answers.labels) for end in (self.end, self.alone))
+        labels = self.end.answers.labels.numpy()
+        gained = right.astype(int) - other.astype(int)
+        classes = [(name, int((labels == c).sum()), 100*float(gained[labels == c].mean())) for c, name in enumerate(self.classes) if (labels == c).any()]
+        return sorted(classes, key=lambda row: -row[2]), (np.flatnonzero(gained > 0).tolist(), np.flatnonzero(gained < 0).tolist())
 
     def _construction(self):
         "Generated classes have a range they need: does the map follow it?"
@@ -152,13 +224,16 @@ class Schedule:
         speed = len(epochs)*len(self.data["fit"])/sum(row["seconds"] for row in epochs) if epochs else 0.
         made = {"generator": miniactions.generator_id(self.spec), "gap": self.spec.gap, "difficulty": self.spec.difficulty} if run.generated else {}
         skipped = sum(row["skipped"] for row in epochs)
-        about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, **made)
-        return run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, **self.found)
+        about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, **made)
+        made = self.planned
+        if isinstance(made, plans.Plan): made = {"seconds": made.seconds, "memory_gib": made.memory/2**30, "disk_gib": made.disk/2**30}
+        return run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=made, **self.found)
 
     def carry_out(self):
         "All steps, without a reader. Returns the record. Raises training.Stopped where a signal asked for it: what was done is saved."
         with devices.Stopping() as stopping:
-            for step in (self.find, self.build, self.read, self.warm_up, self.distil, self.fuse, self.result):
+            for step in (self.find, self.build, self.plan, self.read, self.warm_up, self.distil, self.fuse, self.result):
                 step()
+                if step == self.plan and self.run.main: print(self.planned, flush=True)
                 if stopping.agreed(): raise training.Stopped(f"stopped after the step {step.__name__!r}")
             return self.record()

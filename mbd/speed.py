@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LESSONS', 'NOMINAL', 'VARIANTS', 'random_model', 'random_clips', 'ratios', 'inference_table', 'Fused',
-           'export', 'load_program', 'step_gflops', 'made_of', 'film_clips', 'matrix_rate', 'nominal', 'variant',
-           'projected_hours', 'train_table']
+           'export', 'load_program', 'step_gflops', 'made_of', 'film_clips', 'forget_peak', 'peak_memory',
+           'matrix_rate', 'nominal', 'variant', 'projected_hours', 'train_table']
 
 # %% ../nbs/14_speed.ipynb #69f2ddb2
 import contextlib, json, multiprocessing, os, tempfile, time
@@ -245,15 +245,15 @@ def _endless(loader):
         loader.data.epoch += 1
 
 # %% ../nbs/14_speed.ipynb #c0c63fbc
-def _forget_peak(device):
-    "From now on `_peak` counts. Returns what is in use already, in bytes; None where it is not known."
+def forget_peak(device):
+    "From now on `peak_memory` counts. Returns what is in use already, in bytes; None where it is not known."
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
-def _peak(device):
+def peak_memory(device):
     "The most that was in use, in bytes; None where it is not known."
     return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else _status("VmHWM")
 
@@ -279,11 +279,11 @@ def _serve(pipe, name, job):
     try:
         torch.set_num_threads(job["threads"])
         data = film_clips(job["film"], job["pair"], 16 * settings.batch_size)
-        batch, before = next(iter(batches(data, settings.batch_size, shuffle=True))), _forget_peak(device)
+        batch, before = next(iter(batches(data, settings.batch_size, shuffle=True))), forget_peak(device)
         with sdpa_kernel(SDPBackend.MATH) if job["math"] else contextlib.nullcontext(), _stepper(name, job["pair"], settings, job["options"], device) as step:
             call = _waited(lambda: step(batch), device)
             call(); call(); pipe.send(None)                                  # the first step has no optimiser state yet
-            tasks = {"step": call, "memory": lambda: None if before is None else _peak(device) - before, "loader": lambda: _with_loader(step, data, settings.batch_size, job["workers"], job["steps"], device)}
+            tasks = {"step": call, "memory": lambda: None if before is None else peak_memory(device) - before, "loader": lambda: _with_loader(step, data, settings.batch_size, job["workers"], job["steps"], device)}
             for word in iter(pipe.recv, "end"): pipe.send(tasks[word]())
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -147,6 +147,16 @@ def test_test_videos_are_refused(root):
     with pytest.raises(ValueError, match="no records"): cut_parts([])
 
 
+def test_a_validation_list_is_halved_by_source_and_a_training_list_never_tested_on(root):
+    train, test = load("ucf101", root), load("ucf101", root, subset="test")
+    more = [Record(f"{r.id}-{n}", r.path, r.label, f"{r.source}-{n}", r.subset) for r in test.records for n in range(8)]
+    parts = cut_parts(more, {"map": .25, "gate": .25}, rest="test")
+    assert list(parts) == ["test", "map", "gate"] and sum(map(len, parts.values())) == len(more)
+    assert len({r.source for r in more}) == sum(len({r.source for r in part}) for part in parts.values()) and .4 < len(parts["test"])/len(more) < .6
+    with pytest.raises(ValueError, match="'train' list; it cannot be tested on"): cut_parts(train, rest="test")
+    with pytest.raises(ValueError, match="rest = 'map'"): cut_parts(train, rest="map", fractions={"gate": .2})
+
+
 @pytest.mark.parametrize("fractions", [{"fit": 0.5}, {"map": 0}, {"map": -0.1}, {"map": 1.0}, {"map": 0.6, "gate": 0.4}])
 def test_fractions_that_cannot_be(root, fractions):
     with pytest.raises(ValueError, match="fractions"): cut_parts(load("ucf101", root), fractions)

@@ -179,11 +179,21 @@ def test_by_group_goes_by_the_true_class():
 def test_by_length_cuts_every_video_into_one_bin():
     lengths = np.arange(30, 120)
     bins = ev.by_length({"local": lengths > 60}, lengths, None)
-    assert sum(e["videos"] for e in bins.values()) == 90 and len(bins) == 3
-    assert list(bins)[0] == "30-59" and bins["30-59"]["top1"]["local"] == 0
+    assert sum(e["videos"] for e in bins.values()) == 90 and len(bins) == 4
+    assert list(bins)[0] == "30-52" and bins["30-52"]["top1"]["local"] == 0
     assert list(ev.by_length({"local": np.ones(4)}, [32] * 4, None)) == ["32-32"]
     with pytest.raises(ValueError, match="positive"):
         ev.by_length({"local": np.ones(2)}, [0, 3], None)
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3, 4, 5, 10])
+def test_fewer_clips_lie_within_all_and_spread(clips):
+    found = ev.fewer_clips(clips)
+    assert list(found)[-1] == clips and found[clips].tolist() == list(range(clips))
+    for count, at in found.items():
+        assert len(set(at.tolist())) == count and set(at.tolist()) <= set(range(clips))
+        if count > 1: assert at[0] == 0 and at[-1] == clips - 1
+    assert abs(found[1][0] - (clips - 1)/2) <= .5
 
 
 def test_one_source_in_a_bin_gives_a_number_without_interval():

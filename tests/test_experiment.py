@@ -84,7 +84,7 @@ def test_an_unknown_experiment_names_the_nearest():
 
 
 def test_every_preset_gives_every_open_value_a_possible_one(tmp_path):
-    assert {"ucf101", "features"} <= set(ex.EXPERIMENTS)
+    assert {"ucf101", "hmdb51", "kinetics400", "ssv2", "features"} == set(ex.EXPERIMENTS)
     for e in ex.EXPERIMENTS.values():
         declared = {p.name: p for p in e.parameters}
         assert all(ex.value_problem(p, p.default) is None for p in e.parameters)
@@ -93,6 +93,23 @@ def test_every_preset_gives_every_open_value_a_possible_one(tmp_path):
             folder = {e.data_name: tmp_path} if preset == "full" else {}
             chosen, _ = ex.resolve(ex.check_parameters({"preset": preset}, e), e, settings(tmp_path, data=folder), gpu=False)
             assert None not in vars(chosen).values()
+
+
+@pytest.mark.parametrize("name, given, words", [
+    ("ucf101", {"map_on_val": True}, "map_on_val = True, but ucf101 has no validation list"),
+    ("kinetics400", {"preset": "full", "map_on_val": False}, "have seen the training list of kinetics400.*set map_on_val = True"),
+    ("kinetics400", {"preset": "smoke", "test_videos": 50}, "test_videos = 50: with map_on_val.*at least 60"),
+    ("ssv2", {"preset": "full", "also": "2x3"}, "also = '2x3' is the protocol itself"),
+])
+def test_a_map_that_cannot_be_measured_is_refused_at_the_start(tmp_path, name, given, words):
+    with pytest.raises(ex.ParameterError, match=words):
+        ex.resolve(ex.check_parameters({"preset": "mini"} | given, name), name, settings(tmp_path, data={name: tmp_path}), gpu=False)
+
+
+def test_kinetics_takes_a_pair_that_has_seen_nothing_with_its_map_on_the_training_list(tmp_path):
+    given = {"preset": "full", "map_on_val": False, "pair": "unseen"}
+    chosen, _ = ex.resolve(ex.check_parameters(given, "kinetics400"), "kinetics400", settings(tmp_path, data={"kinetics400": tmp_path}), gpu=False)
+    assert (chosen.map_on_val, chosen.protocol, chosen.also) == (False, "10x3", "5x3")
 
 
 # ---- how a run teaches
@@ -601,8 +618,10 @@ def test_times_in_words():
 
 
 def test_parts_count_missing_videos_those_a_check_left_out_and_those_that_fail_now():
-    records = [SimpleNamespace(id=str(n)) for n in range(20)]
+    records = [SimpleNamespace(id=str(n), subset="train" if n < 15 else "test") for n in range(20)]
     lists = {"train": SimpleNamespace(expected=30, found=25, records=records[:15]), "test": SimpleNamespace(expected=5, found=5, records=records[15:])}
     counts = ex.count_parts({"fit": records[:12], "map": records[12:15], "test": records[15:]}, lists, {"3": "cut off"})
     assert counts == {"fit": {"expected": 24, "found": 20, "unreadable": 9}, "map": {"expected": 6, "found": 5, "unreadable": 2}, "test": {"expected": 5, "found": 5, "unreadable": 0}}
     assert sum(c["unreadable"] for n, c in counts.items() if n != "test") == 25 - 15 + 1
+    halves = ex.count_parts({"fit": records[:15], "map": records[15:17], "gate": [], "test": records[17:]}, lists, {})      # map_on_val
+    assert [halves[n]["expected"] for n in ("fit", "map", "gate", "test")] == [30, 2, 0, 3]

@@ -1,0 +1,91 @@
+"What a run will take: counted as training counts, tried without a trace, and refused where it cannot fit."
+from types import SimpleNamespace
+import pytest, torch
+from mbd import datasets, experiment, miniactions, plan
+from mbd.experiment import ParameterError
+from mbd.schedule import Schedule
+from mbd.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory): return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture
+def schedule(tmp_path, videos):
+    def begin(name="ucf101", **more):
+        asked = dict(preset="smoke", train_videos=40, test_videos=20, resamples=200) | more
+        return Schedule(experiment.start(name, asked, Settings(data={"miniactions": videos}, reports=tmp_path/"reports"))).find().build()
+    return begin
+
+
+def test_the_steps_are_those_that_are_taken(schedule):
+    s = schedule(distil_epochs=2, warm_up_epochs=3)
+    steps = s.plan().planned.steps
+    record = s.read().warm_up().distil().fuse() and s.result() and s.record()
+    rows = (s.run.folder/"log.csv").read_text().splitlines()
+    assert steps["warm-up"] == 3*(len(s.parts["fit"])//8) and steps["distil"] == steps["control"] == 2*(len(s.parts["fit"])//8)
+    assert len(rows) == 1 + 2*(3 + 2 + 2) and record["plan"]["seconds"] > 0 and record["plan"]["memory_gib"] > 0
+
+
+@pytest.mark.parametrize("more", [dict(), dict(protocol="2x3", also="1x3", control=False)])
+def test_the_clips_are_those_that_are_answered(schedule, monkeypatch, more):
+    from mbd import training
+    s, answered, inner = schedule(**more), [], training.predict
+    planned = s.plan().planned.views
+    monkeypatch.setattr(training, "predict", lambda model, data, *given, **rest: answered.append(len(data)) or inner(model, data, *given, **rest))
+    s.read().warm_up().distil().fuse()
+    assert sum(answered) == planned
+
+
+def test_trying_leaves_weights_and_random_numbers_as_they_were(schedule):
+    s = schedule()
+    before, state = {n: v.clone() for n, v in s.model.state_dict().items()}, torch.get_rng_state()
+    s.plan()
+    assert all(torch.equal(v, before[n]) for n, v in s.model.state_dict().items()) and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_batch_beyond_memory_is_refused_before_it_is_tried(schedule, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 150*2**20)
+    tried = []
+    monkeypatch.setattr(plan, "try_step", lambda *given: tried.append(given) or (.1, 0))
+    with pytest.raises(ParameterError, match="batch_size = 512: a step would take about .* of memory are free; lower batch_size, raise accumulate.*checkpointing"): schedule(batch_size=512).plan()
+    assert not tried and schedule(batch_size=512, accumulate=128).plan().planned and len(tried) == 1
+
+
+def test_what_a_step_takes_is_about_what_was_counted(schedule):
+    model = schedule().model
+    counted = 16*plan.kept_bytes(model) + 4*sum(p.numel()*4 for p in model.parameters())
+    measured = plan.try_step(model, __import__("mbd.training", fromlist=["Training"]).Training(batch_size=16), 16)[1]
+    assert measured is None or counted/4 < measured < 4*counted, (counted, measured)
+
+
+def test_a_gpu_that_is_too_small_is_named(schedule, monkeypatch):
+    def full(*given): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(plan, "try_step", full); monkeypatch.setattr(plan, "free_memory", lambda device: None)
+    with pytest.raises(ParameterError, match="batch_size = 8: a step does not fit into the memory of cpu.*lower batch_size"): schedule().plan()
+
+
+def test_videos_that_memory_cannot_hold_are_refused(schedule):
+    s = schedule()
+    with pytest.raises(ParameterError, match="read = 'memory': the decoded videos would take about .* set read = 'files'"):
+        plan.make_plan(s.parts, s.model, s.p, s.run.folder, s._kept(), limit=1e-4)
+
+
+def test_a_disk_that_is_too_small_is_refused(schedule, monkeypatch):
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    with pytest.raises(ParameterError, match="reports: the checkpoints may take .* and 0.954 MiB are free"): schedule().plan()
+
+
+def test_the_disk_holds_what_the_plan_said(schedule):
+    s = schedule(checkpoint_minutes=0.)
+    s.plan().read().warm_up().distil()
+    written = sum(f.stat().st_size for f in s.run.checkpoints.rglob("*") if f.is_file())
+    assert 0 < written <= s.planned.disk
+
+
+def test_unreadable_videos_do_not_stop_the_plan(schedule):
+    s = schedule()
+    broken = [r._replace(path=s.run.folder/"result.json") if hasattr(r, "_replace") else datasets.Record(r.id, s.run.folder/"result.json", r.label, r.source, r.subset) for r in s.parts["fit"]]
+    made = plan.make_plan(s.parts | {"fit": broken}, s.model, s.p, s.run.folder, s._kept())
+    assert made.frames == 0 and made.seconds > 0
