@@ -33,22 +33,30 @@ def _av():
     return av
 
 # %% ../nbs/02_video.ipynb #f987ccd8
+_CODERS = {  # ending -> container, codec, its settings for a quality `crf` on H.264's scale
+    ".mp4": ("mp4", "libx264", lambda crf: {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}),   # with mbtree, equal frames gave unequal bytes now and then
+    ".avi": ("avi", "mpeg4", lambda crf: {"flags": "+bitexact", "b": "100M", **dict.fromkeys(("qmin", "qmax"), str(min(31, max(1, round(2 ** ((crf - 4) / 6) / 2)))))}),   # more bits than it can use: the quality alone decides
+    ".webm": ("webm", "libvpx-vp9", lambda crf: {"crf": str(round(crf * 63 / 51)), "b": "0", "deadline": "realtime", "cpu-used": "8"}),   # the other deadlines take up to seven times as long
+}
+
 def write_video(
-    path, # the file to make; its folder must exist
+    path, # the file to make, .mp4, .avi or .webm; its folder must exist
     frames, # uint8 (T, H, W, 3), RGB; H and W even
     fps=25, # frames per second
-    crf=18, # H.264 quality: 0 is lossless luma, 18 hardly visible, 28 coarse
+    crf=18, # quality on H.264's scale: 0 is next to lossless, 18 hardly visible, 28 coarse
 ):
-    "Write `frames` as H.264 (yuv420p) in MP4 and return the path. Atomic, one thread, same frames give the same bytes. Raises ValueError, VideoError."
+    "Write `frames` (as yuv420p, in the container and codec of the ending) and return the path. Atomic, one thread, same frames give the same bytes. Raises ValueError, VideoError."
     frames, path = np.asarray(frames), Path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"{path.name}: frames must be uint8 (T, H, W, 3) with T >= 1, not {frames.dtype} {frames.shape}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"{path.name}: height and width must be even for yuv420p, not {frames.shape[1]} x {frames.shape[2]}; crop or pad one row or column")
+    if path.suffix.lower() not in _CODERS: raise ValueError(f"{path.name}: cannot write {path.suffix!r}; choose one of {', '.join(_CODERS)}")
+    form, codec, settings = _CODERS[path.suffix.lower()]
     av, part = _av(), path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        with av.open(str(part), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"})   # with mbtree, equal frames gave unequal bytes now and then
+        with av.open(str(part), "w", format=form, options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=settings(crf))
             stream.thread_count, stream.pix_fmt = 1, "yuv420p"
             stream.height, stream.width = frames.shape[1:3]
             for frame in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))

@@ -21,7 +21,7 @@ def needs_coding(): pytest.importorskip("av")
 def hashes(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def videos(folder): return sorted(Path(folder).rglob("*.mp4"))
+def videos(folder): return sorted(p for p in Path(folder).rglob("*") if p.suffix in (".mp4", ".avi", ".webm"))
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_numbers_of_groups_and_clips(needs_coding, tmp_path):
     (dict(classes=("SameHand", "Jump")), "classes: unknown class 'Jump'; choose from TwirlForward"), (dict(classes=("SameHand",)), "at least two different"), (dict(classes=("SameHand", "SameHand")), "at least two different"),
     (dict(frames=20), "frames: 20 is too short for gap 13: the phases need 32"), (dict(gap=-1), "gap: -1 is outside"), (dict(gap=14), "too short for gap 14"), (dict(size=33), "size: 33 is odd"), (dict(size=8), "size: 8 is outside"),
     (dict(size=64.0), "size: 64.0"), (dict(difficulty=-.5), "difficulty: -0.5"), (dict(difficulty=float("nan")), "difficulty: nan"), (dict(seed=-1), "seed: -1"), (dict(seed=True), "seed: True"), (dict(clips=0), "clips: 0"),
-    (dict(train_groups=90), "train_groups \\+ test_groups = 115"), (dict(test_groups=0), "test_groups: 0"), (dict(frames="32"), "frames: '32'"), (dict(gaps=3), "unknown knob 'gaps'; choose from classes"), (dict(layout="hmdb51"), "layout: 'hmdb51' is not built"),
+    (dict(train_groups=90), "train_groups \\+ test_groups = 115"), (dict(test_groups=0), "test_groups: 0"), (dict(frames="32"), "frames: '32'"), (dict(gaps=3), "unknown knob 'gaps'; choose from classes"), (dict(layout="hmdb52"), "layout: 'hmdb52' is unknown; did you mean 'hmdb51'"),
     (dict(spec=Spec(), size=32), "either spec or knobs, not both"),
 ])
 def test_bad_knobs_are_named_before_anything_is_written(tmp_path, knobs, words):
@@ -260,16 +260,147 @@ def test_generator_id_names_version_and_knobs():
     assert generator_id(Spec(difficulty=1)) == generator_id(Spec(difficulty=1.0))      # equal specs, equal ids
 
 
+# ---- four layouts
+
+LAYOUTS, TEST = list(mini.LAYOUTS), {"ucf101": "test", "hmdb51": "test", "kinetics400": "validation", "ssv2": "validation"}
+TINY = dict(classes=("SameHand", "TwirlForward", "ComesBack"), train_groups=5, test_groups=1, clips=2, size=32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "{layout: folder}: the same set in each layout."
+    pytest.importorskip("av")
+    return {layout: generate(tmp_path_factory.mktemp(layout) / "set", layout=layout, workers=2, **TINY) for layout in LAYOUTS}
+
+
+def path_of(folder, layout, name, group, clip, part): return folder / mini.LAYOUTS[layout][0](name, group, clip, part)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_read_by_the_loader_of_the_real_set(tiny, layout):
+    made, lists = mini._videos(Spec(**TINY), layout), {part: datasets.load(layout, tiny[layout], subset=subset) for part, subset in (("train", "train"), ("test", TEST[layout]))}
+    if layout == "hmdb51": lists["unused"] = datasets.load(layout, tiny[layout], subset="unused")
+    for part, data in lists.items():
+        wanted = {path_of(tiny[layout], layout, *v): v for v in made if v[3] == part}
+        assert data.expected == data.found == len(wanted) == {"train": 30, "test": 6, "unused": 3}[part] and not data.missing and not data.unreadable
+        assert {r.path for r in data.records} == set(wanted) and all(data.classes[r.label] == wanted[r.path][0] for r in data.records)
+        sources = {}
+        for r in data.records: sources.setdefault(r.source, set()).add(wanted[r.path][:2])
+        assert all(len(groups) == 1 for groups in sources.values()) and len(sources) == len(wanted) // (1 if layout == "ssv2" or part == "unused" else 2)
+    assert len(videos(tiny[layout])) == len(made) == sum(data.found for data in lists.values())
+    known = {part: {r.source for r in data.records} for part, data in lists.items()}
+    assert not known["train"] & known["test"] and len({s for sources in known.values() for s in sources}) == sum(map(len, known.values()))
+    assert set(datasets.cut_parts(lists["train"])) == {"fit", "map", "gate"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_classes_keep_their_names_in_the_order_of_the_reader(tiny, layout):
+    for subset in ("train", TEST[layout]):
+        classes = datasets.load(layout, tiny[layout], subset=subset).classes
+        assert classes == (sorted(TINY["classes"]) if layout in ("hmdb51", "kinetics400") else list(TINY["classes"]))
+        assert all(KIND[c] and required_range(c, Spec(**TINY)) for c in classes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_video_is_the_same_in_each_layout_but_for_its_coding(tiny, layout):
+    from mbd.video import num_frames, read_frames
+    for v in [("SameHand", 1, 1, "test"), ("TwirlForward", 4, 2, "train"), ("ComesBack", 6, 1, "train")]:
+        path, drawn = path_of(tiny[layout], layout, *v), render(Spec(**TINY), *v[:3])
+        stored = read_frames(path, range(32))
+        assert num_frames(path) == 32 and stored.shape == drawn.shape
+        apart = lambda shift: np.abs(stored[8:24].astype(int) - drawn[8 + shift:24 + shift]).mean()
+        assert apart(0) < 9 and apart(0) < min(apart(-1), apart(1)), f"{path.name}: {apart(0):.1f} grey levels from what was drawn"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_description_names_the_layout_and_the_same_generator(tiny, layout):
+    about = json.loads((tiny[layout] / "miniactions.json").read_text())
+    assert about["layout"] == layout and about["generator"] == generator_id(Spec(**TINY))
+
+
+def test_ssv2_entries_look_like_the_real_ones(tiny):
+    for file, n in (("train", 30), ("validation", 6)):
+        entries = json.loads((tiny["ssv2"] / f"labels/{file}.json").read_text())
+        assert len(entries) == n and all(e["label"] == e["template"].replace(f"[{e['placeholders'][0]}]", e["placeholders"][0]) in TINY["classes"] for e in entries)
+        assert all(e["template"].count("[") == len(e["placeholders"]) == 1 for e in entries)
+
+
+def test_files_of_a_layout_have_names_of_their_own_that_do_not_depend_on_the_classes_chosen():
+    whole, some = Spec(train_groups=74), Spec(train_groups=74, classes=CLASSES[::-2])
+    for layout, (file, _, _) in mini.LAYOUTS.items():
+        names = {file(*v) for v in mini._videos(whole, layout)}
+        assert len({n.lower() for n in names}) == len(mini._videos(whole, layout)) and {file(*v) for v in mini._videos(some, layout)} < names
+
+
+def test_only_the_classes_that_name_a_side_are_directional():
+    assert {c for c in CLASSES if datasets.names_direction(c)} == {"LeftThenRight", "RightThenLeft"}
+
+
+def test_titles_of_hmdb51_have_the_signs_of_the_real_ones(tiny):
+    assert set("#!();+&[]") <= set("".join(p.name for p in videos(tiny["hmdb51"])))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_set_in_another_layout_is_refused_and_left_alone(tiny, layout):
+    for other in set(LAYOUTS) - {layout}:
+        before = {p: p.stat().st_mtime_ns for p in tiny[layout].rglob("*")}
+        with pytest.raises(ValueError, match=f"layout '{layout}' there, '{other}' asked"): generate(tiny[layout], layout=other, workers=2, **TINY)
+        assert before == {p: p.stat().st_mtime_ns for p in tiny[layout].rglob("*")}
+
+
+def test_a_set_from_before_there_were_layouts_is_ucf101(small, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(small, folder)
+    about = json.loads((folder / "miniactions.json").read_text())
+    del about["layout"]
+    (folder / "miniactions.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="layout 'ucf101' there"): generate(folder, layout="ssv2", **SMALL)
+    assert hashes(generate(folder, **SMALL)) == hashes(small)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_missing_video_is_made_again_in_each_layout(tiny, tmp_path, layout, monkeypatch):
+    folder = tmp_path / "a"
+    shutil.copytree(tiny[layout], folder)
+    whole, victim = hashes(folder), videos(folder)[3]
+    victim.unlink()
+    with monkeypatch.context() as m:
+        m.setattr(mini, "_run_workers", lambda *given: None)
+        with pytest.raises(RuntimeError, match="1 of .* videos were not made"): generate(folder, layout=layout, **TINY)
+    for subset in ("train", TEST[layout]):
+        with pytest.raises(FileNotFoundError): datasets.load(layout, folder, subset=subset)      # a set with a hole is no set
+    times = {p: p.stat().st_mtime_ns for p in videos(folder)}
+    generate(folder, layout=layout, workers=1, **TINY)
+    assert hashes(folder) == whole and {p: t for p, t in ((p, p.stat().st_mtime_ns) for p in videos(folder)) if p != victim} == times
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lists_appear_all_together_or_not_at_all(tiny, tmp_path, layout, monkeypatch):
+    folder, lists = tmp_path / "a", mini.LAYOUTS[layout][1]
+    shutil.copytree(tiny[layout], folder)
+    whole = hashes(folder)
+    shutil.rmtree(folder / lists)
+    inner = os.replace
+    def killed(old, new):
+        if Path(new).name == lists: raise KeyboardInterrupt
+        inner(old, new)
+    with monkeypatch.context() as m:
+        m.setattr(mini.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt): generate(folder, layout=layout, **TINY)
+    with pytest.raises(FileNotFoundError): datasets.load(layout, folder)
+    assert hashes(generate(folder, layout=layout, **TINY)) == whole      # nothing is left of the first attempt
+
+
 # ---- interrupted, resumed, refused
 
-SCRIPT = "import sys; from mbd import miniactions as m; m.generate(sys.argv[1], classes=('SameHand', 'OtherHand'), train_groups=30, test_groups=10, clips=3, frames=40, size=32, workers=2)"
+SCRIPT = "import json, sys; from mbd import miniactions as m; m.generate(sys.argv[1], **json.loads(sys.argv[2]))"
 KNOBS = dict(classes=("SameHand", "OtherHand"), train_groups=30, test_groups=10, clips=3, frames=40, size=32)
 TOTAL = 2 * 40 * 3
 
 
-def begin(folder, script=SCRIPT):
+def begin(folder, **knobs):
     "Start a generation in a session of its own and return once some videos are there."
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), json.dumps(knobs)], start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
     while len(videos(folder)) < 4:
         assert process.poll() is None and time.monotonic() < deadline
@@ -284,25 +415,23 @@ def end(process):
 
 
 @needs_groups
-def test_kill_9_in_the_middle_then_again_gives_the_same_set(needs_coding, tmp_path):
-    process = begin(tmp_path / "a")
-    end(process)
-    made = {p.name: p.read_bytes() for p in videos(tmp_path / "a")}
-    assert 0 < len(made) < TOTAL
-    for subset in ("train", "test"):
-        with pytest.raises(FileNotFoundError): datasets.load("ucf101", tmp_path / "a", subset=subset)
-    assert json.loads((tmp_path / "a/miniactions.json").read_text())["status"] == "generating"
-    generate(tmp_path / "a", workers=2, **KNOBS)
-    generate(tmp_path / "b", workers=2, **KNOBS)
-    whole = hashes(tmp_path / "b")
-    assert len(videos(tmp_path / "b")) == TOTAL and hashes(tmp_path / "a") == whole
-    assert all(p.read_bytes() == made[p.name] for p in videos(tmp_path / "a") if p.name in made)      # what was there was whole and kept
-    assert datasets.load("ucf101", tmp_path / "a").found == 2 * 30 * 3
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kill_9_in_the_middle_then_again_gives_the_same_set(tiny, tmp_path, layout):
+    folder = tmp_path / "a"
+    end(begin(folder, layout=layout, workers=1, **TINY))
+    made, whole = {p.name: p.read_bytes() for p in videos(folder)}, hashes(tiny[layout])
+    assert 0 < len(made) < len(videos(tiny[layout]))
+    for subset in ("train", TEST[layout]):
+        with pytest.raises(FileNotFoundError): datasets.load(layout, folder, subset=subset)
+    assert json.loads((folder / "miniactions.json").read_text())["status"] == "generating"
+    generate(folder, layout=layout, workers=2, **TINY)
+    assert hashes(folder) == whole
+    assert all(p.read_bytes() == made[p.name] for p in videos(folder) if p.name in made)      # what was there was whole and kept
 
 
 @needs_groups
 def test_killing_only_the_parent_stops_the_workers(needs_coding, tmp_path):
-    process = begin(tmp_path / "a")
+    process = begin(tmp_path / "a", workers=2, **KNOBS)
     try:
         process.kill(); process.wait(); time.sleep(1)
         count = len(videos(tmp_path / "a"))
@@ -314,7 +443,7 @@ def test_killing_only_the_parent_stops_the_workers(needs_coding, tmp_path):
 @needs_groups
 def test_a_parent_that_dies_while_its_workers_start_leaves_none_working(needs_coding, tmp_path):
     script = SCRIPT.replace("; m.generate", "; import os, signal; m.time.sleep = lambda s: os.kill(os.getpid(), signal.SIGKILL); m.generate")
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a")], start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a"), json.dumps({"workers": 2, **KNOBS})], start_new_session=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
     try:
         assert process.wait(60) == -signal.SIGKILL
         time.sleep(3)

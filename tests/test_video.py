@@ -328,14 +328,31 @@ def test_a_cache_that_cannot_be_written_costs_no_error(tmp_path, monkeypatch):
     assert num_frames(write_video(tmp_path / "a.mp4", film(12))) == 12
 
 
-def test_write_video_is_repeatable_and_close(tmp_path):
+@pytest.mark.parametrize("ending, codec", [("mp4", "h264"), ("avi", "mpeg4"), ("webm", "vp9"), ("WEBM", "vp9")])
+def test_write_video_is_repeatable_and_close(tmp_path, ending, codec):
     frames = film(20)
-    first, second = write_video(tmp_path / "a.mp4", frames), write_video(tmp_path / "b.mp4", frames)
+    first, second = write_video(tmp_path / f"a.{ending}", frames), write_video(tmp_path / f"b.{ending}", frames)
     assert first.read_bytes() == second.read_bytes()
     assert difference(read_frames(first, range(20)), frames) < 4
-    assert write_video(tmp_path / "c.mp4", frames, crf=40).stat().st_size < first.stat().st_size
-    with av.open(str(write_video(tmp_path / "d.mp4", frames, fps=12.5))) as container: assert float(container.streams.video[0].average_rate) == 12.5
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{c}.mp4" for c in "abc"] + ["cache", "d.mp4"]
+    assert write_video(tmp_path / f"c.{ending}", frames, crf=40).stat().st_size < first.stat().st_size
+    with av.open(str(write_video(tmp_path / f"d.{ending}", frames, fps=12.5))) as container:
+        assert float(container.streams.video[0].average_rate) == 12.5 and container.streams.video[0].codec_context.name.endswith(codec)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{c}.{ending}" for c in "abc"] + ["cache", f"d.{ending}"]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "avi", "webm"])
+@pytest.mark.parametrize("fps", [25, 30])
+def test_what_write_video_writes_is_read_frame_by_frame(tmp_path, ending, fps):
+    path, asked = write_video(tmp_path / f"a.{ending}", film(150), fps=fps), [149, 0, 77, 77, 12, 130, 3]
+    expected, whole = truth(path)
+    assert whole and num_frames(path) == 150 and numbers(expected) == list(range(150))
+    assert np.array_equal(read_frames(path, asked), np.stack([expected[i] for i in asked])) and np.array_equal(read_frames(path, range(150)), expected)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.mkv", "a"])
+def test_write_video_refuses_endings_it_has_no_codec_for(tmp_path, name):
+    with pytest.raises(ValueError, match=r"cannot write .*choose one of \.mp4, \.avi, \.webm"): write_video(tmp_path / name, film(3))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad, part", [(film(3)[:, :47], "even"), (film(3).astype(float), "uint8"), (film(3)[0], "uint8 (T, H, W, 3)"), (film(3)[:0], "T >= 1")])
