@@ -115,7 +115,11 @@ def _filed(kept, reports):
     named = re.search(r"run folder: [^/]*/([\w.-]+)/([\w.-]+)", shown)
     folder = reports/named[1]/named[2] if named else None
     if folder is None or not folder.is_dir(): return kept
-    kept = kept.replace(folder/"notebook.ipynb")
+    kept = kept.rename(folder/"notebook.ipynb")
+    text = json.loads(kept.read_text(encoding="utf-8"))
+    about = text["metadata"].get("papermill", {})
+    for name in ("input_path", "output_path"): about[name] = Path(about.get(name) or "").name      # a run's folder travels; this machine's paths stay
+    kept.write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     from nbconvert import HTMLExporter
     (folder/"notebook.html").write_text(HTMLExporter().from_filename(str(kept))[0], encoding="utf-8")
     return kept
