@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCAL', 'GLOBAL', 'BALANCED', 'FUSED', 'GROUP_COLOURS', 'STYLE', 'style', 'frames_strip', 'training_curves',
            'dominance_map', 'share_against_range', 'top_confusions', 'confusion_matrix', 'accuracy_bars',
-           'prediction_strip', 'method']
+           'prediction_strip', 'method', 'accuracy_against_cost']
 
 # %% ../nbs/06_plots.ipynb #2566c6e6
 import functools
@@ -324,4 +324,29 @@ def method(
         a.text(x, 1.5, text, fontsize=7, color=colour, va="center", ha="right" if x < 2.3 else "left", alpha=shade("distillation"))
     a.set(xlim=(-0.2, 8.8), ylim=(0, 3))
     a.axis("off")
+    return figure
+
+# %% ../nbs/06_plots.ipynb #29f7fc17
+def accuracy_against_cost(
+    published,  # [(name, GFLOPs of a video, top-1 in %)]
+    own=(),  # [(name, GFLOPs of a video, top-1 in %, (low, high) or None)]
+    title=None,
+    banner=None,
+) -> Figure:
+    "Accuracy of methods against what a video costs, on a logarithmic axis."
+    figure, axes = _figure(1, 1, (7, 4), title, banner)
+    a, best = axes[0, 0], -np.inf
+    for name, cost, top1 in sorted(published, key=lambda row: (row[1], -row[2])):
+        a.plot(cost, top1, "o", color="#BBBBBB", ms=4)
+        if top1 > best:
+            a.annotate(name, (cost, top1), xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=6.5, color="#555555")
+            best = top1
+    for name, cost, top1, interval in own:
+        if interval:
+            a.vlines(cost, *interval, color=FUSED, lw=1.5)
+        a.plot(cost, top1, "D", color=FUSED, ms=6)
+        a.annotate(name, (cost, top1), xytext=(6, -3), textcoords="offset points", fontsize=8, color=FUSED)
+    a.set(xscale="log", xlabel="GFLOPs of a video (all views)", ylabel="top-1 (% of videos)")
+    a.margins(x=0.25, y=0.1)
+    a.grid(color="#EEEEEE")
     return figure

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not p.name.startswith(".") and ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.parent == NBS and re.match(r"\d\d_", p.name)]
-BOOK = [*CHAPTERS, NBS / "analyse.ipynb"]      # what runs from top to bottom without parameters
+BOOK = [*CHAPTERS, NBS / "analyse.ipynb", NBS / "compare.ipynb"]      # what runs from top to bottom without parameters
 HEAVY = "00_tour|04_miniactions|13_training|14_features"      # a minute of processor time each, and more
 LATER = {"training": {"evaluation"}}      # which scores what was trained; everything else points down the book
 TOOLS = Path(sys.executable).parent      # not resolved: in a virtual environment the console scripts are beside the link
@@ -118,7 +118,7 @@ def test_a_module_imports_only_earlier_chapters(path):
 
 # ---- the book run
 
-@pytest.mark.parametrize("names", [rf"^(?!{HEAVY})(\d\d_|analyse).*\.ipynb$", pytest.param(rf"^({HEAVY}).*\.ipynb$", marks=pytest.mark.slow)], ids=["light", "heavy"])
+@pytest.mark.parametrize("names", [rf"^(?!{HEAVY})(\d\d_|analyse|compare).*\.ipynb$", pytest.param(rf"^({HEAVY}).*\.ipynb$", marks=pytest.mark.slow)], ids=["light", "heavy"])
 def test_every_chapter_runs_top_to_bottom(tree, environment, names):
     before = git(tree, "status", "--porcelain")
     command = [tool("nbdev-test"), "nbs", "--n-workers", "2", "--file-re", names, "--timing", "--do-print"]
@@ -211,6 +211,44 @@ def test_a_misspelt_parameter_ends_the_run_at_its_first_cell_with_nothing_but_th
 def test_an_impossible_value_ends_it_too(tree, environment, tmp_path):
     ended, _, reports = papermill(tree, environment, tmp_path, "-p", "preset", "smok", "-p", "batch_size", "1")
     assert ended.returncode != 0 and "did you mean 'smoke'" in ended.stdout and "batch_size = 1 is out of range" in ended.stdout and not reports.exists()
+
+
+TITLES = {"ucf101": "UCF101", "hmdb51": "HMDB51", "kinetics400": "Kinetics-400", "ssv2": "Something-Something V2"}
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_the_run_notebooks_differ_in_their_words_only(name):
+    def code(name): return ["".join(c["source"]).replace(f'"{name}"', '"NAME"').replace(TITLES[name], "TITLE") for c in cells(NBS / f"run_{name}.ipynb") if c["cell_type"] == "code"]
+    assert code(name) == code("ucf101")
+    words = "".join("".join(c["source"]) for c in cells(NBS / f"run_{name}.ipynb") if c["cell_type"] == "markdown")
+    assert f"mbd run {name}" in words and f"run_{name}.ipynb" in words and not [t for n, t in TITLES.items() if n != name and f"**What {t} tests.**" in words]
+
+
+def test_on_a_hosted_notebook_the_first_cell_gets_the_kit_and_elsewhere_it_does_nothing(monkeypatch, tmp_path):
+    import importlib.util
+    first = next("".join(c["source"]) for c in cells(NBS / "run_ssv2.ipynb") if c["cell_type"] == "code")
+    asked, before = [], os.getcwd()
+    monkeypatch.setattr(subprocess, "run", lambda words, check: asked.append(words))
+    exec(first, {})
+    assert not asked and os.getcwd() == before
+    monkeypatch.chdir(tmp_path); (tmp_path / "mbd-kit" / "nbs").mkdir(parents=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None); monkeypatch.setattr(sys, "path", [*sys.path]); monkeypatch.setenv("MBD_KIT", "/a/clone")
+    exec(first, {})
+    assert [words[:2] for words in asked] == [["git", "clone"], [sys.executable, "-m"]] and "/a/clone" in asked[0] and Path.cwd() == tmp_path / "mbd-kit" / "nbs" and sys.path[0] == str(tmp_path / "mbd-kit")
+
+
+@pytest.mark.slow
+def test_all_four_run_one_after_the_other_and_file_their_notebooks(tree, environment, tmp_path):
+    ended = subprocess.run([sys.executable, "-m", "mbd.cli", "run", "all", "-p", "preset", "smoke", "-p", "reports", str(tmp_path)], cwd=tree, env={**environment, "PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200)
+    assert ended.returncode == 0, ended.stdout[-6000:]
+    runs = experiment.read_runs(tmp_path)
+    assert {r["experiment"]: r["status"] for r in runs} == dict.fromkeys(TITLES, "complete") and all(r["data"]["layout"] == r["experiment"] and r["data"]["name"] == "miniactions" for r in runs)
+    for r in runs:
+        assert (r["folder"] / "notebook.html").stat().st_size > 10**5 and str(tmp_path) not in json.dumps(json.loads((r["folder"] / "notebook.ipynb").read_text())["metadata"]["papermill"]["output_path"])
+        assert not [o for c in cells(r["folder"] / "notebook.ipynb") for o in c.get("outputs", ()) if o["output_type"] == "error"]
+    [kinetics] = [r for r in runs if r["experiment"] == "kinetics400"]
+    assert kinetics["data"]["map_on_val"] and set(kinetics["also"]) == {"1x3"} and kinetics["data"]["fit"]["found"] == 80
+    assert [p for p in tmp_path.iterdir() if p.suffix == ".ipynb"] == []      # each copy lies with its run
 
 
 @pytest.mark.slow
