@@ -741,6 +741,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mbd.miniactions._describe': ('miniactions.html#_describe', 'mbd/miniactions.py'),
                                  'mbd.miniactions._draw_person': ('miniactions.html#_draw_person', 'mbd/miniactions.py'),
                                  'mbd.miniactions._draw_push_up': ('miniactions.html#_draw_push_up', 'mbd/miniactions.py'),
+                                 'mbd.miniactions._drop_lists': ('miniactions.html#_drop_lists', 'mbd/miniactions.py'),
                                  'mbd.miniactions._film_id': ('miniactions.html#_film_id', 'mbd/miniactions.py'),
                                  'mbd.miniactions._hmdb51_file': ('miniactions.html#_hmdb51_file', 'mbd/miniactions.py'),
                                  'mbd.miniactions._hmdb51_lists': ('miniactions.html#_hmdb51_lists', 'mbd/miniactions.py'),

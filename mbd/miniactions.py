@@ -316,7 +316,7 @@ def generate(
     for place in places: place.mkdir(parents=True, exist_ok=True)
     there = lambda: sum(p.exists() for p in paths)
     if there() < len(paths):
-        shutil.rmtree(folder/lists, ignore_errors=True)                # a set with a hole must not look whole
+        _drop_lists(folder/lists)                                      # a set with a hole must not look whole
         _describe(folder, spec, layout, "generating"); _run_workers(folder, workers or os.cpu_count() or 1, there, len(paths), progress)
         if there() < len(paths): raise RuntimeError(f"{folder}: {len(paths) - there()} of {len(paths)} videos were not made; run again to go on")
         for place in places:
@@ -332,13 +332,18 @@ def _describe(folder, spec, layout, status):
     classes = {name: dict(kind=KIND[name], twin=TWIN[name], required_range=required_range(name, spec)) for name in spec.classes}
     _write_atomic(folder/"miniactions.json", json.dumps(dict(status=status, generator=generator_id(spec), layout=layout, spec=asdict(spec), classes=classes), indent=1))
 
+def _drop_lists(folder):
+    "Take all lists away at once, and what an interrupted attempt left."
+    if folder.is_dir(): os.replace(folder, folder.with_name(f".{folder.name}.{os.getpid()}.old.part"))
+    for left in folder.parent.glob(f".{folder.name}.*.part"): shutil.rmtree(left)
+
 def _write_lists(folder, texts):
     "Put all lists in place at once, unless they are there."
     if all((folder/name).is_file() and (folder/name).read_bytes() == text.encode() for name, text in texts.items()): return
-    for left in folder.parent.glob(f".{folder.name}.*.part"): shutil.rmtree(left)
+    _drop_lists(folder)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part"); part.mkdir()
     for name, text in texts.items(): (part/name).write_bytes(text.encode())
-    shutil.rmtree(folder, ignore_errors=True); os.replace(part, folder)
+    os.replace(part, folder)
 
 def _run_workers(folder, workers, there, total, progress):
     code = "import sys; from pathlib import Path; from mbd.miniactions import _work; _work(Path(sys.argv[1]), *map(int, sys.argv[2:]))"

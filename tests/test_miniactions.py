@@ -391,6 +391,21 @@ def test_lists_appear_all_together_or_not_at_all(tiny, tmp_path, layout, monkeyp
     assert hashes(generate(folder, layout=layout, **TINY)) == whole      # nothing is left of the first attempt
 
 
+def test_killed_while_the_lists_of_a_set_with_a_hole_are_taken_away(tiny, tmp_path, monkeypatch):
+    folder, inner = tmp_path / "a", shutil.rmtree
+    shutil.copytree(tiny["hmdb51"], folder)
+    whole = hashes(folder)
+    videos(folder)[3].unlink()
+    def killed(place, *more):
+        next(Path(place).iterdir()).unlink()      # the list of one class is gone already
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(mini.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt): generate(folder, layout="hmdb51", **TINY)
+    with pytest.raises(FileNotFoundError): datasets.load("hmdb51", folder)      # not a set of two classes
+    assert hashes(generate(folder, layout="hmdb51", **TINY)) == whole
+
+
 # ---- interrupted, resumed, refused
 
 SCRIPT = "import json, sys; from mbd import miniactions as m; m.generate(sys.argv[1], **json.loads(sys.argv[2]))"
