@@ -57,7 +57,8 @@ class Schedule:
             if not hasattr(stream, "checkpointing"): raise ParameterError(f"checkpointing = True, but {stream.backbone} cannot compute its parts again; leave it off")
             stream.checkpointing = True
         self.pair, self.model, self.cost = pair, MBD(*streams, self.classes, local_view, global_view).to(p.device), None
-        self.cost = experiment.model_cost(self.model)
+        try: self.cost = experiment.model_cost(self.model)
+        except ValueError as error: raise ParameterError(f"frames = {p.frames}, size = {p.size}: {error}; set both to 0, for what the weights of pair {pair.name!r} were trained with") from None
         return self
 
     def _kept(self):
@@ -107,8 +108,11 @@ class Schedule:
         def log(row): self.run.log(**row); show.note(f"{row['stream']} {row['accuracy']:.2f}")
         settings = experiment.recipe(self.p, epochs=epochs, learning_rate=learning_rate, seed=seed)
         with self.run.stage(stage, epochs, flops=experiment.training_flops(self.cost, len(self.data["fit"])*epochs, teach)):
-            self.rows += training.train(model, self.data["fit"], settings, stage, teach, log, show, self.reading["workers"], checkpoints=self.checkpoints,
-                                        validate=self.data["gate"] if self.p.validate else None)
+            try: self.rows += training.train(model, self.data["fit"], settings, stage, teach, log, show, self.reading["workers"], checkpoints=self.checkpoints,
+                                             validate=self.data["gate"] if self.p.validate else None)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error): raise
+                raise MemoryError(f"{stage}: {error}. Free memory and start again with the same words, and the run goes on; or lower batch_size, raise accumulate, or set checkpointing = True, for a run of its own") from None
 
     def _map(self, model, stage):
         training.measure_map(model, self.data["map"], self.p.seed, **self.reading, stage=f"map-{stage}")
