@@ -77,8 +77,11 @@ def free_memory(
     free = []
     try: free.append(1024*next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")))
     except (OSError, StopIteration, ValueError): pass
-    try: free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError): pass      # no container, or one without a limit
+    group = Path("/sys/fs/cgroup")
+    try:
+        cache = next(int(line.split()[1]) for line in (group/"memory.stat").read_text().splitlines() if line.startswith("inactive_file"))      # given back when it is needed
+        free.append(int((group/"memory.max").read_text()) - int((group/"memory.current").read_text()) + cache)
+    except (OSError, StopIteration, ValueError): pass      # no container, or one without a limit
     return min(free, default=None)
 
 def _gib(count): return f"{count/2**30:.2g} GiB" if count >= 2**29 else f"{count/2**20:.3g} MiB"

@@ -89,3 +89,12 @@ def test_unreadable_videos_do_not_stop_the_plan(schedule):
     broken = [r._replace(path=s.run.folder/"result.json") if hasattr(r, "_replace") else datasets.Record(r.id, s.run.folder/"result.json", r.label, r.source, r.subset) for r in s.parts["fit"]]
     made = plan.make_plan(s.parts | {"fit": broken}, s.model, s.p, s.run.folder, s._kept())
     assert made.frames == 0 and made.seconds > 0
+
+
+def test_memory_of_a_container_counts_what_its_cache_gives_back(tmp_path, monkeypatch):
+    from pathlib import Path
+    for name, text in (("memory.max", "1000000"), ("memory.current", "900000"), ("memory.stat", "anon 5\ninactive_file 300000\n")): (tmp_path/name).write_text(text)
+    monkeypatch.setattr(plan, "Path", lambda path: tmp_path if path == "/sys/fs/cgroup" else Path(path))
+    assert plan.free_memory("cpu") == 400000
+    (tmp_path/"memory.max").write_text("max")
+    assert plan.free_memory("cpu") is None or plan.free_memory("cpu") > 400000
