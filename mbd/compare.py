@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from . import evaluation, plots
+from .account import table
+from .pairs import find_pair
 from .experiment import EXPERIMENTS, comparable, load_predictions, read_runs
 
 # %% ../nbs/compare.ipynb #c4e4264a
@@ -44,7 +46,9 @@ def published(
         reader = csv.DictReader(text)
         if (missing := set(Published.__dataclass_fields__) - set(reader.fieldnames or ())): raise ValueError(f"{file.name}: line 1 lacks the column {sorted(missing)[0]!r}")
         for row in reader:
-            try: row = {n: (kinds[n](v) if v else None) if n in kinds else v for n, v in row.items()}
+            try:
+                if None in row or None in row.values(): raise ValueError(f"it has more or fewer cells than the {len(reader.fieldnames)} columns")
+                row = {n: (kinds[n](v) if v else None) if n in kinds else v for n, v in row.items()}
             except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{file.name}, line {reader.line_num}: {error}") from None
             if row["dataset"] not in EXPERIMENTS or not row["model"] or not row["source"]: raise ValueError(f"{file.name}, line {reader.line_num}: needs a model, a source and one of the four data sets, has {row['dataset']!r}")
             if row["top1"] is not None and not 0 < row["top1"] < 100: raise ValueError(f"{file.name}, line {reader.line_num}: top1 = {row['top1']} is no percentage")
@@ -75,8 +79,9 @@ def lines(
     runs: list, # complete records, of `comparable`
 ) -> list: # of Line
     "The lines of these runs."
-    found = []
-    for r in runs:
+    found, newest = [], {}
+    for r in sorted(runs, key=lambda r: str(r.get("started", ""))): newest[_recipe(r), r["data"]["split"], r["seed"], r["data"].get("generator")] = r      # a run made again takes the place of the older one
+    for r in newest.values():
         d, p, test = r["data"], r["protocol"], r["data"]["test"]
         cost, per_view = r["cost"], sum(r["cost"]["gflops_per_view"].values())/2
         protocols = {(p["clips"], p["crops"]): r} | {tuple(map(int, name.split("x"))): scores for name, scores in (r.get("also") or {}).items()}
@@ -113,29 +118,33 @@ def joined(found: list) -> list: # of (recipe, views, {split: [Line]})
 SPLITS = {"ucf101": 3, "hmdb51": 3, "kinetics400": 1, "ssv2": 1}
 TITLES = {"ucf101": "UCF101", "hmdb51": "HMDB51", "kinetics400": "Kinetics-400", "ssv2": "Something-Something V2"}
 
-def _table(titles, rows): return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in (titles, ["---"]*len(titles), *rows)])
 def _value(v, form="{:g}"): return "?" if v is None else form.format(v)
 def _with(value, low, high): return f"{100*value:.1f}" + ("" if low is None else f" [{100*low:.1f}, {100*high:.1f}]")
 
-def unequal(line, splits=1) -> str:
-    "In words, what keeps a run from standing beside a benchmark number; '' if nothing."
-    asked = json.loads(line.recipe) if not line.recipe.startswith("unknown") else {}
+def unequal(some: list, splits=1) -> str:
+    "In words, what keeps lines of one recipe from standing beside a benchmark number; 'nothing' if that is so."
+    asked = json.loads(some[0].recipe) if not some[0].recipe.startswith("unknown") else {}
+    found, expected, whole = sum(x.found for x in some), sum(x.expected for x in some), SPLITS[some[0].dataset]
     return "; ".join(words for words, true in (
-        ("half of the validation list", line.map_on_val), (f"{line.expected - line.found:,} of {line.expected:,} videos missing", line.found < line.expected),
-        ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{splits} of {SPLITS[line.dataset]} splits", splits < SPLITS[line.dataset])) if true)
+        ("half of the validation list", any(x.map_on_val for x in some)), (f"{expected - found:,} of {expected:,} videos missing", found < expected),
+        ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{splits} of {whole} splits", splits < whole)) if true) or "nothing"
 
 def own_table(found: list) -> str: # Markdown
     "Runs of this kit on one data set."
     rows = []
     for recipe, views, splits in joined(found):
-        for split, some in sorted(splits.items()): rows.append((_name(some), split, *_numbers(some), unequal(some[0], 1) or "nothing"))
+        for split, some in sorted(splits.items()): rows.append((_name(some), split, *_numbers(some), unequal(some, len(splits) if len(splits) < SPLITS[found[0].dataset] else 1)))
         if 1 < len(splits) == SPLITS[found[0].dataset]:
             some = [line for lines in splits.values() for line in lines]
             means = [float(np.mean([np.mean([x.top1[m] for x in lines]) for lines in splits.values()])) for m in ("local", "global", "average", "adaptive")]
-            rows.append((_name(some), f"mean of {len(splits)}", "x".join(map(str, views)), len(some), *(f"{100*v:.1f}" for v in means), *_cost(some), unequal(some[0], len(splits)) or "nothing"))
-    return _table(["run", "split", "clips x crops", "seeds", "local", "global", "average", "adaptive", "GFLOPs a video", "M parameters", "found of expected", "unequal"], rows)
+            rows.append((_name(some), f"mean of {len(splits)}", "x".join(map(str, views)), len(some), *(f"{100*v:.1f}" for v in means), *_cost(some), unequal(some, len(splits))))
+    return table(["run", "split", "clips x crops", "seeds", "local", "global", "average", "adaptive", "GFLOPs a video, halved", "M parameters", "found of expected", "unequal"], rows)
 
-def _name(some): return f"{some[0].pair} ({', '.join(sorted({line.about for line in some}))})"
+def _name(some):
+    "Pair, what its weights have seen, preset and commit."
+    try: seen = sorted({name for side in (find_pair(some[0].dataset, some[0].pair).local, find_pair(some[0].dataset, some[0].pair).global_) for name in side.seen}) if some[0].record["data"]["name"] != "miniactions" else []
+    except ValueError: seen = ["?"]
+    return f"{some[0].pair}{', from ' + ' + '.join(seen) if seen else ''} ({', '.join(sorted({line.about for line in some}))})"
 def _cost(some): return f"{some[0].gflops:.3g}", f"{some[0].parameters:.3g}", f"{sum(x.found for x in some)} of {sum(x.expected for x in some)}"
 
 def _numbers(some):
@@ -149,8 +158,8 @@ def published_table(rows: list, own=()) -> str: # Markdown
     "Published numbers of one data set, by views; those with the views of an own run first, and marked."
     ours = {line.views for line in own}
     def order(r): return ((r.clips, r.crops) not in ours, r.top1 is None, -(r.views or 0), -(r.top1 or 0))
-    return _table(["model", "pretraining", "top-1, %", "list", "frames x clips x crops", "GFLOPs a video", "M parameters", "views as ours", "source"],
-                  [(r.model, r.pretraining or "?", _value(r.top1), r.list or "official", "x".join(_value(v) for v in (r.frames, r.clips, r.crops)), _value(r.views and r.gflops_per_view and r.views*r.gflops_per_view, "{:,.0f}"),
+    return table(["model", "pretraining", "top-1, %", "list, where not the usual one", "frames x clips x crops", "GFLOPs a video, as published", "M parameters", "views as ours", "source"],
+                  [(r.model, r.pretraining or "?", _value(r.top1), r.list or "-", "x".join(_value(v) for v in (r.frames, r.clips, r.crops)), _value(r.views and r.gflops_per_view and r.views*r.gflops_per_view, "{:,.0f}"),
                     _value(r.parameters_m), "yes" if (r.clips, r.crops) in ours else "?" if r.views is None else "no", f"{r.source}{'; ' + r.note if r.note else ''}") for r in sorted(rows, key=order)])
 
 # %% ../nbs/compare.ipynb #e65a2cdd
@@ -160,8 +169,10 @@ def tables(
 ) -> str: # Markdown
     "The whole comparison: four data sets, then runs on generated data."
     known, parts = published() if known is None else known, []
+    broken = [r for r in runs if r["status"] == "complete" and not {"data", "protocol", "top1", "top1_interval", "cost", "commit", "seed"} <= set(r)]
+    runs = [r for r in runs if r not in broken]
     real, made = (lines(comparable(runs, generated)) for generated in (False, True))
-    left = [r for r in runs if r["status"] != "complete"]
+    left = [r for r in runs if r["status"] != "complete"] + [r | {"status": "complete, but its record has holes"} for r in broken]
     for name, title in TITLES.items():
         own = [line for line in real if line.dataset == name]
         parts += [f"## {title}", "", own_table(own) if own else "This kit: **not yet run** on the real data.", "", published_table([r for r in known if r.dataset == name], own), ""]
@@ -176,7 +187,7 @@ def tables(
 def _generated(found):
     rows = [(_name(some), f"generator {some[0].record['data'].get('generator', '?')}" if len(some) == 1 else f"{len({x.record['data'].get('generator') for x in some})} generators", *_numbers(some))
             for _, _, splits in joined(found) for some in splits.values()]
-    return _table(["run", "videos", "clips x crops", "seeds", "local", "global", "average", "adaptive", "GFLOPs a video", "M parameters", "found of expected"], rows)
+    return table(["run", "videos", "clips x crops", "seeds", "local", "global", "average", "adaptive", "GFLOPs a video, halved", "M parameters", "found of expected"], rows)
 
 # %% ../nbs/compare.ipynb #a4ee6eda
 def cost_figure(name, known, own=(), banner=None):
@@ -233,10 +244,12 @@ def paired(
 
 def paired_table(runs: list, method="adaptive", resamples=2000) -> str: # Markdown
     "All pairs of complete runs that answered the same videos, p-values corrected after Holm."
-    found = []
+    found, odd = [], {}
     for first, second in itertools.combinations(runs, 2):
         try: found.append((first, second, paired(first, second, method, resamples)))
-        except (ValueError, OSError): continue
-    if not found: return "No two complete runs answered the same videos."
-    return _table(["first", "second", "videos", f"{method}, first minus second, points", "p", "p, Holm"], [(Path(a["folder"]).name, Path(b["folder"]).name, f["videos"], "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100*x for x in f["difference"])), f"{f['p']:.3g}", f"{p:.3g}")
-                  for (a, b, f), p in zip(found, holm([f["p"] for *_, f in found]))])
+        except (ValueError, OSError, KeyError) as error:
+            if "different videos" not in str(error): odd[str(error)] = True      # other videos are no fault; files that do not belong together are
+    words = "".join(f"\n\nLeft out: {text}" for text in odd)
+    if not found: return "No two complete runs answered the same videos." + words
+    return table(["first", "second", "videos", f"{method}, first minus second, points", "p", "p, Holm"], [(Path(a["folder"]).name, Path(b["folder"]).name, f["videos"], "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100*x for x in f["difference"])), f"{f['p']:.3g}", f"{p:.3g}")
+                  for (a, b, f), p in zip(found, holm([f["p"] for *_, f in found]))]) + words

@@ -346,7 +346,7 @@ def accuracy_against_cost(
             a.vlines(cost, *interval, color=FUSED, lw=1.5)
         a.plot(cost, top1, "D", color=FUSED, ms=6)
         a.annotate(name, (cost, top1), xytext=(6, -3), textcoords="offset points", fontsize=8, color=FUSED)
-    a.set(xscale="log", xlabel="GFLOPs of a video (all views)", ylabel="top-1 (% of videos)")
+    a.set(xscale="log", xlabel="GFLOPs of a video, all views (multiply-adds counted once)", ylabel="top-1 (% of videos)")
     a.margins(x=0.25, y=0.1)
     a.grid(color="#EEEEEE")
     return figure

@@ -64,7 +64,7 @@ def test_without_any_run_all_is_said_to_be_not_yet_run(tmp_path):
 
 def test_three_splits_have_a_mean_and_two_have_none(reports):
     for split, value in ((1, .5), (2, .6)): reports(generated=False, split=split, scores=dict(adaptive=value))
-    assert "| mean of" not in tables(read_runs(reports.root)) and "1 of 3 splits" in tables(read_runs(reports.root))
+    assert "| mean of" not in tables(read_runs(reports.root)) and tables(read_runs(reports.root)).count("| 2 of 3 splits |") == 2
     reports(generated=False, split=3, scores=dict(adaptive=.7))
     row = next(line for line in tables(read_runs(reports.root)).splitlines() if "mean of 3" in line)
     assert "| 60.0 |" in row and row.endswith("| nothing |")
@@ -102,7 +102,7 @@ def test_the_published_table_is_read_whole():
     assert len({(r.model, r.pretraining, r.dataset, r.top1) for r in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("line, words", [("M,,ucf101,many,,,,,,,S,", "line 2: .*many"), ("M,,ucf10,80,,,,,,,S,", "line 2: .*four data sets"), ("M,,ucf101,0.8081e3,,,,,,,S,", "no percentage"), ("M,,ucf101,80,,,,,,,,", "source")])
+@pytest.mark.parametrize("line, words", [("M,,ucf101,many,,,,,,,S,", "line 2: .*many"), ("M,,ucf10,80,,,,,,,S,", "line 2: .*four data sets"), ("M,,ucf101,0.8081e3,,,,,,,S,", "no percentage"), ("M,,ucf101,80,,,,,,,,", "source"), ("M,,ucf101,80,,,,,,,S,,more", "line 2: it has more or fewer cells")])
 def test_a_wrong_line_ends_the_reading(tmp_path, line, words):
     head = "model,pretraining,dataset,top1,list,frames,clips,crops,gflops_per_view,parameters_m,source,note"
     (tmp_path/"p.csv").write_text(f"{head}\n{line}\n")
@@ -159,3 +159,26 @@ def test_the_command_prints_and_writes_the_tables(reports, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "## Generated data" in out and "## Runs on the same videos" in out and (tmp_path/"c.md").read_text().strip() == out.strip()
     assert main(["compare", "--reports", str(tmp_path/"nowhere")]) == 2 and "is no folder" in capsys.readouterr().err
+
+
+def test_missing_videos_of_any_seed_are_said(reports):
+    for seed, found in ((1, 60), (2, 55)): reports(generated=False, layout="ssv2", seed=seed, data={"test": dict(expected=60, found=found, unreadable=0)})
+    [row] = [line for line in tables(read_runs(reports.root)).splitlines() if line.startswith("| hand")]
+    assert row.endswith("| 5 of 120 videos missing |") and "115 of 120" in row
+
+
+def test_a_run_made_again_is_no_second_seed(reports):
+    reports(seed=1, started="2026-01-01", scores=dict(adaptive=.5)); reports(seed=1, started="2026-01-02", scores=dict(adaptive=.6))
+    [row] = [line for line in tables(read_runs(reports.root)).splitlines() if line.startswith("| hand (mini")]
+    assert "| 1 |" in row and "60.0" in row
+
+
+def test_a_complete_record_with_holes_is_named_and_breaks_nothing(reports):
+    folder = reports(seed=1)
+    record = json.loads((folder/"result.json").read_text()); del record["cost"]; (folder/"result.json").write_text(json.dumps(record))
+    assert "run0: complete, but its record has holes" in tables(read_runs(reports.root))
+
+
+def test_files_that_do_not_belong_together_are_named_among_the_pairs(reports):
+    reports(seed=1); reports(seed=1, asked=dict(x=1), scores=dict(adaptive=.2))
+    assert "Left out: run1: predictions.npz gives adaptive" in compare.paired_table(read_runs(reports.root))
