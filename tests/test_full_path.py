@@ -35,7 +35,7 @@ def benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", never)
     def make(name):
         folder = miniactions.generate(tmp_path/name, name, classes=CLASSES, clips=1, **FITS.get(name, dict(train_groups=4, test_groups=1)))
-        real = sorted(p for p in CLIPS.rglob("*") if p.is_file() and p.suffix in (".avi", ".mp4", ".mkv", ".webm") and p.parent.name != "arm wrestling")
+        real = sorted((p for p in CLIPS.rglob("*") if p.is_file() and p.suffix in (".avi", ".mp4", ".mkv", ".webm") and p.parent.name != "arm wrestling"), key=lambda p: p.stat().st_size)[:8]
         lists = [datasets.load(name, folder, 1, subset) for subset in datasets.READERS[name][2][:2]]
         for record, clip in zip(itertools.chain(*(d.records for d in lists)), itertools.cycle(real)): record.path.unlink(); shutil.copyfile(clip, record.path)
         return Settings(data={name: folder}, reports=tmp_path/"reports"), lists
