@@ -104,6 +104,9 @@ def _execute(name, file, given):
     reports.mkdir(parents=True, exist_ok=True)
     kept, error = reports/f"run_{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.ipynb", ""
     try: papermill.execute_notebook(str(file), str(kept), parameters=given, log_output=True, progress_bar=False)
+    except KeyboardInterrupt:
+        _filed(kept, reports)
+        raise
     except (papermill.PapermillException, RuntimeError, OSError) as problem: error = " ".join((getattr(problem, "evalue", None) or str(problem)).split())[:500]
     return error, _filed(kept, reports)
 

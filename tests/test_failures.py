@@ -61,6 +61,17 @@ def test_data_that_are_not_there_end_the_run_before_it_begins(papermill, name, e
     assert status != 0 and error["ename"] == "ParameterError" and words in error["evalue"] and "data = 'generated'" in error["evalue"] and not (papermill.folder/"reports").exists()
 
 
+def test_mbd_run_says_in_a_line_what_went_wrong_and_keeps_the_notebook(tmp_path, videos, monkeypatch, capsys):
+    from mbd.cli import main
+    monkeypatch.setenv("MBD_DATA_MINIACTIONS", str(videos)); monkeypatch.setenv("PYTHONPATH", str(ROOT)); monkeypatch.chdir(ROOT)
+    assert main(["run", "all", "-p", "warm_up_epoch", "3", "-p", "reports", str(tmp_path/"reports")]) == 2
+    assert "did you mean 'warm_up_epochs'" in capsys.readouterr().err and not (tmp_path/"reports").exists()      # before any kernel
+    assert main(["run", "ssv2", "-p", "preset", "smoke", "-p", "data", "real", "-p", "reports", str(tmp_path/"reports")]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssv2: failed")]
+    [kept] = (tmp_path/"reports").glob("*.ipynb")
+    assert "no folder is configured for ssv2" in line and str(kept) in line and "no folder is configured" in kept.read_text()
+
+
 @pytest.fixture
 def real(tmp_path):
     "A small set that passes for UCF101 on the disk."
@@ -101,7 +112,7 @@ import torch, mbd.training as training
 inner, taken = training._one_step, []
 def step(trainer, place, read, data, stage):
     taken.append(stage)
-    if len(taken) == 8: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if len(taken) == 3: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return inner(trainer, place, read, data, stage)
 training._one_step = step
 """
