@@ -200,7 +200,8 @@ class Trainer:
             side = _Side(stream)
             if settings.compile: side.compile()
             self.sides[name] = self.accelerator.prepare_model(side, device_placement=False)
-        together = self.world == 1 and not self.draws and not settings.compile
+        saving = any(getattr(stream, "checkpointing", False) for stream in self.streams.values())
+        together = self.world == 1 and not self.draws and not settings.compile and not saving
         self.each = self.stack.enter_context(side_by_side(self.device, len(self.streams) if together else 1))
         self.stack.enter_context(devices.seeded(settings.seed, device=self.device))          # the caller's random state comes back
         self.ready()
