@@ -476,7 +476,7 @@ class ClipDataset(torch.utils.data.Dataset):
 # %% ../nbs/05_clips.ipynb #b020e309
 def _shape(known): return known.count, known.height, known.width
 
-def _may_flip(flip, label): return flip if isinstance(flip, bool) else label not in flip
+def _may_flip(flip, label): return flip if isinstance(flip, bool) else label not in flip and (label >= 0 or not flip)     # without a label it might be one of these
 
 def _fetch(path, plans, known):
     "(frames, plans): the frames that the plans want, each once, and the plans with places among them."

@@ -43,7 +43,7 @@ import torch
 import mbd
 from .clips import AUGMENTATIONS, PROTOCOLS
 from .datasets import READERS
-from .distillation import ARMS, FINALS, INTERMEDIATES, TEACHERS, Distillation
+from .distillation import ARMS, FINALS, INTERMEDIATES, LESSONS, TEACHERS, Distillation
 from .evaluation import describe_protocol
 from .miniactions import sized
 from . import devices
@@ -105,6 +105,7 @@ def value_problem(parameter: Parameter, value) -> str | None:
 # %% ../nbs/16_experiment.ipynb #c109a9e8
 TEACHING = (
     Parameter("arm", str, "directed", "direction of distillation", choices=ARMS),
+    Parameter("lesson", str, "other", "whose answer is taught: the other stream's, one's own, or the fusion's", choices=LESSONS),
     Parameter("temperature", float, None, "of the final-layer distillation", low=0.1, high=100.0),
     Parameter("final", str, "soft", "final-layer loss", choices=FINALS),
     Parameter("final_weight", float, None, "weight of the final-layer loss", low=0.0, high=100.0),
@@ -114,6 +115,7 @@ TEACHING = (
     Parameter("teacher_decay", float, 0.999, "averaged teachers: what they keep of themselves in a step", low=0.001, high=0.999999),
     Parameter("only_right_teacher", bool, True, "teach only where the teacher is right"),
     Parameter("student_below", float, 1.0, "teach only where the student gives the label less than this probability; 1: everywhere", low=0.001, high=1.0),
+    Parameter("sure_above", float, 0.0, "of videos without a label, teach only those on which the teacher gives its first choice at least this probability", low=0.0, high=0.999999),
     Parameter("teach_warm_up", float, 0.0, "fraction of the distillation stage in which its weights rise from 0", low=0.0, high=1.0),
     Parameter("teach_fade", float, 0.0, "fraction of the distillation stage, at its end, in which its weights fall to 0", low=0.0, high=1.0),
 )

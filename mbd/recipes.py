@@ -101,7 +101,7 @@ class Mixing:
 @dataclass(frozen=True)
 class Mixture:
     "Labels of a batch of mixed clips. Share 1: nothing was mixed."
-    labels: torch.Tensor # (B,) of the clips
+    labels: torch.Tensor # (B,) of the clips; -1: has none
     others: torch.Tensor # (B,) of what was mixed in
     share: float         # of `labels`, 0..1; the same for the whole batch
 
@@ -109,9 +109,9 @@ class Mixture:
         logits, # (B, K)
         smoothing=0., # label smoothing, 0..1
     ) -> torch.Tensor: # scalar: mean over the batch
-        "Cross-entropy with either label, weighted by its share; in float32 or better."
+        "Cross-entropy with either label, weighted by its share; in float32 or better. Clips without a label add nothing to the sum."
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = [F.cross_entropy(z, y, label_smoothing=smoothing) for y in (self.labels, self.others)[:1 + (self.share < 1)]]
+        losses = [F.cross_entropy(z, y, label_smoothing=smoothing, ignore_index=-1, reduction="sum") / len(z) for y in (self.labels, self.others)[:1 + (self.share < 1)]]
         return losses[0] if self.share == 1 else self.share * losses[0] + (1 - self.share) * losses[1]
 
     def accuracy(self,
@@ -147,9 +147,10 @@ def mix(
     mixing, # a `Mixing`
     seed, # whole numbers, such as (seed, step)
 ) -> tuple: # local, global_, Mixture
-    "Mix the clips of a batch, both views with the same partner, share and region (ours; after Zhang et al. 2018, Yun et al. 2019). A batch of one stays. ValueError where cutmix finds no common grid."
+    "Mix the clips of a batch, both views with the same partner, share and region (ours; after Zhang et al. 2018, Yun et al. 2019). A batch of one stays. ValueError where cutmix finds no common grid, or a clip has no label."
     views, labels = [batch["local"], batch["global_"]], batch["label"]
     rng = np.random.default_rng(seed)
+    if mixing.on and (labels < 0).any(): raise ValueError("mixup and cutmix weigh two labels, and some videos of the batch have none: switch both off where videos without labels are taught")
     if not mixing.on or len(labels) < 2 or rng.random() >= mixing.probability: return *views, Mixture(labels, labels, 1.)
     turn, cutting = int(rng.integers(1, len(labels))), rng.random() < .5 if mixing.mixup and mixing.cutmix else mixing.cutmix > 0
     share = float(rng.beta(*[mixing.cutmix if cutting else mixing.mixup] * 2))

@@ -17,7 +17,7 @@ from . import devices
 from .checkpoints import CheckpointError, digest
 from .clips import batches
 from .datasets import has_seen
-from .distillation import Distillation, Placement, Projections, Teacher, _pooled, compare_gradients, distillation_terms, weighted_sum
+from .distillation import Distillation, Placement, Projections, Teacher, _pooled, compare_gradients, distillation_terms, exchange, presumed_groups, weighted_sum
 from .dominance import DominanceMap, fit_temperature, measure
 from .evaluation import average_views, choose_baseline
 from .fusion import fit_all
@@ -119,7 +119,7 @@ class _Teaching:
         if config.intermediate == "relation" and config.intermediate_weight > 0 and settings.batch_size//settings.accumulate < 3: raise ValueError(f"batch_size = {settings.batch_size} in {settings.accumulate} piece(s): relations compare the clips of a piece and need 3; raise it, lower accumulate, or distil with intermediate='logit'")
         self.streams = {"local": model.local, "global": model.global_}
         self.teachers = {name: Teacher(stream, config.teacher, config.teacher_decay, t) for (name, stream), t in zip(self.streams.items(), model.temperature.tolist())}
-        self.groups, self.config = model.map.group_codes.to(next(model.parameters()).device), config
+        self.groups, self.config, self.fusion = model.map.group_codes.to(next(model.parameters()).device), config, model.fusion
         self.compares = config.intermediate_weight > 0
         self.layers = self._layers(example, settings.seed) if self.compares and config.intermediate in ("logit", "hint") else None
         self.pools = config.intermediate in ("relation", "logit")
@@ -135,8 +135,10 @@ class _Teaching:
         "The terms of the loss, and which videos are taught (see `distillation_terms`)."
         lessons = each(lambda name: self.teachers[name](views[name], ends[name]), self.teachers)
         places = tuple(Placement.from_batch(batch, name) for name in ends) if self.compares and self.config.intermediate in ("hint", "attention") else None
+        groups = presumed_groups(mixture.labels, self.groups, *(lesson.logits for lesson in lessons.values()))
+        heard = exchange(*lessons.values(), self.config.lesson, self.fusion)
         others = (mixture.others, self.groups[mixture.others], mixture.share) if mixture.share < 1 else None
-        terms, taught = distillation_terms(*ends.values(), *lessons.values(), mixture.labels, self.groups[mixture.labels], self.config, places=places, projections=self.layers, others=others, gather=gather)
+        terms, taught = distillation_terms(*ends.values(), *heard, mixture.labels, groups, self.config, places=places, projections=self.layers, others=others, gather=gather)
         return terms, taught | terms
 
     def update(self, streams):
@@ -255,7 +257,7 @@ def _piece(trainer, batch, number, pieces, look):
     clips = len(batch["label"])
     for name, value in [*((f"{n} loss", v) for n, v in losses.items()), *taught.items()]: sums[name] = value.detach().float()*clips
     for name, output in outputs.items(): sums[f"{name} right"] = mixture.accuracy(output.logits.detach()).float().sum()
-    return sums | {"clips": clips}, pulls
+    return sums | {"clips": clips, "labelled": (mixture.labels >= 0).sum().float()}, pulls
 
 def _needed(trainer, output):
     "The output, with the channels' means in place of feature maps where the losses look at nothing else."
@@ -360,7 +362,7 @@ def _about(model, data, settings, stage, distillation, only):
     if not hasattr(data, "augment"): raise ValueError(f"a stage on {type(data).__name__} takes no checkpoints: it is over in seconds")
     ids = json.dumps([[r.id, r.label] for r in data.records])
     views = json.dumps([asdict(v) for v in (data.local, data.global_, data.augment)] + [data.flip if isinstance(data.flip, bool) else sorted(data.flip)])
-    groups = digest({"groups": model.map.group_codes}) if distillation and model.map else None
+    groups = digest({"groups": model.map.group_codes} | (model.fusion.state_dict() if distillation.lesson == "fused" else {})) if distillation and model.map else None
     return dict(stage=stage, only=only, **{k: v for k, v in asdict(settings).items() if k != "max_skipped"}, distillation=distillation and asdict(distillation), groups=groups, videos=len(data.records),
                 data=hashlib.sha256((ids + views).encode()).hexdigest()[:16], start=digest({n: v for n, v in model.state_dict().items() if n.startswith(("local.", "global_."))}))
 
@@ -476,9 +478,10 @@ def _end_epoch(trainer, place, stage, data, validate, workers, log):
     return score
 
 def _rows(stage, place, sums, seen):
-    "A line for each stream: means over the clips of the epoch."
-    mean = {name: float(value)/seen for name, value in sums.items()}
-    rest = {name: value for name, value in mean.items() if name.split()[0] not in ("local", "global")}
+    "A line for each stream: means over the clips of the epoch; loss and accuracy over those with a label."
+    labelled = max(float(sums.get("labelled", seen)), 1.)
+    mean = {name: float(value)/(labelled if name.split()[0] in ("local", "global") else seen) for name, value in sums.items()}
+    rest = {name: value for name, value in mean.items() if name.split()[0] not in ("local", "global") and (name != "labelled" or value < 1)}
     return [dict(stage=stage, epoch=place.epoch + 1, stream=s, loss=mean[f"{s} loss"], accuracy=mean[f"{s} right"], seconds=place.seconds, waited=place.waited, skipped=place.skipped, **rest, **place.pulls.get(s, {}))
             for s in ("local", "global") if f"{s} loss" in mean]
 

@@ -10,8 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mbd.clips import Augmentation, ClipDataset, View
+from mbd.fusion import MeanFusion
 from mbd.distillation import (ARMS, INTERMEDIATES, Distillation, Placement, Projections, Teacher, align, attention_loss, cell_edges, cell_overlap, compare_gradients, decoupled_kl, directions,
-                              distillation_loss, distillation_terms, hint_loss, lesson_mask, logit_loss, pair_stages, relation_loss, relations, soft_kl, weight_at, weighted_sum)
+                              distillation_loss, distillation_terms, hint_loss, lesson_mask, logit_loss, pair_stages, relation_loss, relations, soft_kl, weight_at, weighted_sum, Lesson, exchange, presumed_groups)
 
 
 def randn(*shape, seed=0):
@@ -197,14 +198,15 @@ def test_relations_are_unit_rows_around_the_batch_mean():
 
 
 @pytest.mark.parametrize("arm, to_global, to_local", [
-    ("directed", [1, 0, 0], [0, 0, 1]), ("reversed", [0, 0, 1], [1, 0, 0]), ("both", [1, 1, 1], [1, 1, 1]), ("none", [0, 0, 0], [0, 0, 0])])
+    ("directed", [1, 0, 0], [0, 0, 1]), ("reversed", [0, 0, 1], [1, 0, 0]), ("both", [1, 1, 1], [1, 1, 1]), ("none", [0, 0, 0], [0, 0, 0]),
+    ("to_global", [1, 1, 1], [0, 0, 0]), ("to_local", [0, 0, 0], [1, 1, 1])])
 def test_directions_follow_the_group(arm, to_global, to_local):
     g, l = directions(torch.tensor([1, 0, -1]), arm)
     assert g.tolist() == to_global and l.tolist() == to_local and g.is_floating_point()
 
 
 def test_directions_refuse_unknown_arms_and_codes():
-    with pytest.raises(ValueError, match="directed, both, reversed, none"): directions(torch.tensor([1]), "forward")
+    with pytest.raises(ValueError, match="directed, both, reversed, to_global, to_local, none"): directions(torch.tensor([1]), "forward")
     with pytest.raises(ValueError, match="codes"): directions(torch.tensor([2]))
 
 
@@ -221,7 +223,7 @@ def test_pairing_needs_stages():
 
 @pytest.mark.parametrize("change", [dict(arm="forward"), dict(temperature=0.0), dict(temperature=float("nan")), dict(temperature="hot"), dict(temperature=True), dict(final_weight=-1.0), dict(intermediate_weight=float("inf")),
     dict(only_right_teacher=1), dict(student_below=0), dict(student_below=1.5), dict(final="dkd"), dict(target_weight=-1), dict(other_weight=None), dict(intermediate="fitnet"), dict(teacher="ema"),
-    dict(teacher_decay=1.0), dict(teacher_decay=0), dict(warm_up=-0.1), dict(fade=1.1)])
+    dict(teacher_decay=1.0), dict(teacher_decay=0), dict(warm_up=-0.1), dict(fade=1.1), dict(lesson="own"), dict(sure_above=1.0), dict(sure_above=-0.1)])
 def test_config_names_the_field_and_the_value_it_refuses(change):
     (name, value), = change.items()
     with pytest.raises(ValueError) as error: Distillation(**change)
@@ -249,6 +251,41 @@ def test_gradient_reaches_the_stream_taught_and_never_a_teacher(arm):
     for teacher in (teacher_local, teacher_global):
         assert teacher.logits.grad is None and all(m.grad is None for m in teacher.stages.values())
     assert not any(value.requires_grad for value in parts.values())
+
+
+def test_without_a_label_the_group_is_that_of_the_class_the_teachers_mean_puts_first():
+    codes = torch.tensor([1, 1, -1])
+    local, global_ = torch.tensor([[9., 0, 0], [0, 1, 0], [0, 0, 0]]), torch.tensor([[0., 0, 1], [0, 0, 9.], [0, 0, 2.]])
+    assert presumed_groups(torch.tensor([-1, -1, -1]), codes, local, global_).tolist() == [1, -1, -1]
+    assert presumed_groups(torch.tensor([2, -1, 0]), codes, local, global_).tolist() == [-1, -1, 1]       # a label decides where there is one
+
+
+def test_masks_ask_of_a_label_only_where_there_is_one():
+    teacher, student = torch.tensor([[3., 0, 0], [3., 0, 0], [.1, 0, 0]]), torch.tensor([[0., 9, 0]] * 3)
+    mask = lambda labels, **more: lesson_mask(student, teacher, torch.tensor(labels), **more).tolist()
+    assert mask([0, 1, 1]) == [1, 0, 0] and mask([0, -1, -1]) == [1, 1, 1]
+    assert mask([-1, -1, 0], sure_above=.8) == [1, 1, 1] and mask([-1, -1, -1], sure_above=.8) == [1, 1, 0]
+    assert mask([1, -1, 0], only_right_teacher=False, student_below=.5) == [0, 1, 1]
+
+
+def test_a_split_off_label_needs_one():
+    outputs = streams()
+    with pytest.raises(ValueError, match="final='soft'"): distillation_loss(*outputs, torch.full_like(LABELS, -1), CODES, Distillation(final="decoupled", intermediate_weight=0.))
+
+
+@pytest.mark.parametrize("lesson, of_global, of_local", [("other", [1., 0], [0, 2.]), ("self", [0, 2.], [1., 0]), ("fused", None, None)])
+def test_whose_answer_each_stream_hears(lesson, of_global, of_local):
+    local, global_ = (Lesson(torch.tensor([z]), {"stage": torch.ones(1)}) for z in ([1., 0], [0, 2.]))
+    to_global, to_local = exchange(local, global_, lesson, MeanFusion())
+    if lesson != "fused": assert to_global.logits[0].tolist() == of_global and to_local.logits[0].tolist() == of_local
+    else:
+        mean = (local.logits.softmax(1) + global_.logits.softmax(1)) / 2
+        assert torch.allclose(to_global.logits.exp(), mean) and torch.equal(to_global.logits, to_local.logits) and not to_global.stages
+
+
+def test_lessons_that_teach_the_last_layer_only_say_so():
+    with pytest.raises(ValueError, match="lesson='self'.*intermediate_weight.*0"): Distillation(lesson="self")
+    with pytest.raises(ValueError, match="fusion"): exchange(None, None, "fused")
 
 
 def test_live_peers_as_teachers_are_not_moved_as_teachers():

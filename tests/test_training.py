@@ -284,6 +284,52 @@ def test_teaching_pulls_the_student_to_its_teacher():
     assert rows[-1]["final_to_global"] < .6 * rows[0]["final_to_global"]
 
 
+def partly(hidden, **more):
+    "The videos of `data`, some of them without their label."
+    records, frames = videos()
+    return ClipDataset([replace(r, label=-1) if hidden(i) else r for i, r in enumerate(records)], frames, *VIEWS, train=True, **more)
+
+
+def test_videos_without_a_label_are_learnt_from_their_teacher_only():
+    model, alone = make(), make()
+    rows = train(alone, partly(lambda i: True), Training(epochs=1, batch_size=8))
+    assert all(torch.equal(a, b) for a, b in zip(make().parameters(), alone.parameters()) if a.ndim == 1) and rows[0]["loss"] == 0      # nothing but decay moves
+    before = copy.deepcopy(model)
+    train(model, partly(lambda i: True), Training(epochs=1, batch_size=8), distillation=replace(TEACH, arm="to_global"))
+    moved = lambda name: any(not torch.equal(a, b) for a, b in zip(getattr(before, name).parameters(), getattr(model, name).parameters()) if a.ndim == 1)
+    assert moved("global_") and not moved("local")
+
+
+def test_rows_count_accuracy_over_the_labelled_clips():
+    settings = Training(epochs=12, batch_size=8, learning_rate=5e-3)
+    rows = train(make(), partly(lambda i: i >= 12), settings)
+    assert all(r["labelled"] == .5 for r in rows) and rows[-2]["accuracy"] > .6        # not halved by those without a label
+    assert "labelled" not in train(make(), data(), replace(settings, epochs=1))[0]
+
+
+def test_directions_of_videos_without_a_label_come_from_the_teachers(monkeypatch):
+    seen = []
+    genuine = training.distillation_terms
+    monkeypatch.setattr(training, "distillation_terms", lambda *a, **k: seen.append((a[4], a[5])) or genuine(*a, **k))
+    def sure_of(model, c):
+        for stream in (model.local, model.global_): stream.head.weight.data.zero_(); stream.head.bias.data.copy_(torch.nn.functional.one_hot(torch.tensor(c), 3) * 5.)
+    model = make(); sure_of(model, 2)                                                                # both teachers say blue, a global class
+    train(model, partly(lambda i: i % 2 == 0), Training(epochs=1, batch_size=8), distillation=TEACH)
+    codes = model.map.group_codes
+    for labels, groups in seen: assert all(g == (codes[2] if y < 0 else codes[y]) for y, g in zip(labels.tolist(), groups.tolist()))
+
+
+@pytest.mark.parametrize("lesson", ("self", "fused"))
+def test_lessons_of_oneself_and_of_the_fusion_teach_too(lesson):
+    plain = replace(TEACH, intermediate_weight=0., arm="both")
+    other, mine, none = (trained(distillation=d)[0] for d in (plain, replace(plain, lesson=lesson), None))
+    for a in (other, none): assert distance(a, mine, "local") > 1e-6 and distance(a, mine, "global_") > 1e-6
+
+
+def test_mixed_clips_need_labels():
+    with pytest.raises(ValueError, match="mixup and cutmix"): train(make(), partly(lambda i: True), Training(epochs=1, batch_size=8, mixing=Mixing(mixup=.4)))
+
+
 def test_teaching_without_a_map_is_refused_before_anything_happens():
     model = make(mapped=False)
     before = weights(model)
