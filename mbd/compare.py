@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TITLES', 'Published', 'published', 'Line', 'lines', 'over_seeds', 'joined', 'unequal', 'own_table',
-           'published_table', 'tables', 'cost_figure', 'answers', 'sign_flips', 'holm', 'paired', 'paired_table']
+           'published_table', 'tables', 'cost_figure', 'answers', 'sign_flips', 'paired', 'paired_table']
 
 # %% ../nbs/compare.ipynb #2a7910eb
 import csv, itertools, json, math
@@ -221,12 +221,6 @@ def sign_flips(
     else: signs = np.vstack([np.ones(len(sums)), np.random.default_rng(seed).choice((-1, 1), (flips, len(sums)))])      # as it is counts as one of them
     return float((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).mean())
 
-def holm(p) -> list:
-    "p-values corrected after Holm for their number."
-    order, corrected, least = np.argsort(p), [0.]*len(p), 0.
-    for k, i in enumerate(order): least = max(least, min(1., (len(p) - k)*p[i])); corrected[i] = least
-    return corrected
-
 # %% ../nbs/compare.ipynb #ca9b8ea1
 def paired(
     first, second, # records of read_runs
@@ -252,4 +246,4 @@ def paired_table(runs: list, method="adaptive", resamples=2000) -> str: # Markdo
     words = "".join(f"\n\nLeft out: {text}" for text in odd)
     if not found: return "No two complete runs answered the same videos." + words
     return table(["first", "second", "videos", f"{method}, first minus second, points", "p", "p, Holm"], [(Path(a["folder"]).name, Path(b["folder"]).name, f["videos"], "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100*x for x in f["difference"])), f"{f['p']:.3g}", f"{p:.3g}")
-                  for (a, b, f), p in zip(found, holm([f["p"] for *_, f in found]))]) + words
+                  for (a, b, f), p in zip(found, evaluation.holm([f["p"] for *_, f in found]))]) + words

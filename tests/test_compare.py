@@ -150,7 +150,7 @@ def test_sign_flips_are_wrong_as_often_as_they_say():
 
 
 def test_holm_by_hand():
-    assert compare.holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02]) and compare.holm([]) == [] and compare.holm([.9, .8]) == [1, 1]
+    assert evaluation.holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02]) and evaluation.holm([]) == [] and evaluation.holm([.9, .8]) == [1, 1]
 
 
 def test_the_command_prints_and_writes_the_tables(reports, tmp_path, capsys):
