@@ -373,6 +373,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mbd.dominance.DominanceMap.to_csv': ('dominance.html#dominancemap.to_csv', 'mbd/dominance.py'),
                                'mbd.dominance.DominanceMap.to_dict': ('dominance.html#dominancemap.to_dict', 'mbd/dominance.py'),
                                'mbd.dominance._checked': ('dominance.html#_checked', 'mbd/dominance.py'),
+                               'mbd.dominance._scatter': ('dominance.html#_scatter', 'mbd/dominance.py'),
                                'mbd.dominance._student': ('dominance.html#_student', 'mbd/dominance.py'),
                                'mbd.dominance.class_share': ('dominance.html#class_share', 'mbd/dominance.py'),
                                'mbd.dominance.cross_calibrate': ('dominance.html#cross_calibrate', 'mbd/dominance.py'),
