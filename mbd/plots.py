@@ -387,7 +387,7 @@ def sliders(
     knobs = {}
     for name, (low, high, start) in ranges.items():
         kind, step = (ipywidgets.IntSlider, 1) if all(isinstance(v, int) for v in (low, high, start)) else (ipywidgets.FloatSlider, (high - low) / 50)
-        knobs[name] = kind(start, min=low, max=high, step=step, description=name.replace("_", " "), continuous_update=False)
+        knobs[name] = kind(start, min=low, max=high, step=step, description=name.replace("_", " "), continuous_update=False, style={"description_width": "initial"})
     display(ipywidgets.VBox(list(knobs.values())))
     shown = display(figure, display_id=True)
 
