@@ -136,12 +136,29 @@ def class_share(
     kept = mass / (mass + prior) if prior > 0 else (mass > 0).to(mass)   # what the class's own videos count against the prior
     return kept * free + (1 - kept) * reference, mass, reference
 
-# %% ../nbs/09_dominance.ipynb #fb0af9f4
+# %% ../nbs/09_dominance.ipynb #5a0c1e95
+def _scatter(share, weight, labels, sources, num_classes):
+    "What each source shows, (S,): its class, its weight, the mean weight of its videos, its deviation e_g, whether its class has others; and how many sources a class has (K,)"
+    keys = sorted(set(zip(labels.tolist(), sources)))
+    where = {key: i for i, key in enumerate(keys)}
+    index = torch.tensor([where[key] for key in zip(labels.tolist(), sources)])
+    mean, source_mass, _ = class_share(share, weight, index, len(keys), prior=0)
+    free, mass, _ = class_share(share, weight, labels, num_classes, prior=0)
+    owner = torch.tensor([label for label, _ in keys])
+    count = torch.bincount(owner, minlength=num_classes)
+    part = source_mass / mass[owner].clamp_min(1e-30)
+    squares = torch.zeros_like(mass).index_add(0, owner, part * part)
+    several = count[owner] > 1
+    deviation = torch.where(several, (mean - free[owner]) * (1 - 2 * part + squares[owner]).clamp_min(1e-9).rsqrt(), 0.0)
+    return SimpleNamespace(owner=owner, mass=source_mass, belief=source_mass / torch.bincount(index), deviation=deviation, several=several, count=count)
+
+# %% ../nbs/09_dominance.ipynb #5a0c1e99
 def _student(confidence, freedom):
     "Student's quantile over the normal one, by its expansion in 1 / freedom (Abramowitz and Stegun 26.7.5)."
     z = 2 ** 0.5 * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
     return 1 + (z**2 + 1) / (4 * freedom) + (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
 
+# %% ../nbs/09_dominance.ipynb #fb0af9f4
 def share_interval(
     share: torch.Tensor, # (N,) share of each video
     weight: torch.Tensor, # (N,) its weight
@@ -155,30 +172,21 @@ def share_interval(
     seed: int = 0, # of the draws
 ) -> tuple: # low (K,), high (K,), number of sources of each class (K,)
     "Bootstrap interval of each class's share, resampling its sources (ours). 0 to 1 where nothing is known"
-    centre, mass, reference = class_share(share, weight, labels, num_classes, prior)
-    keys = sorted(set(zip(labels.tolist(), sources)))
-    where = {key: i for i, key in enumerate(keys)}
-    index = torch.tensor([where[key] for key in zip(labels.tolist(), sources)])
-    mean, source_mass, _ = class_share(share, weight, index, len(keys), prior=0)
-    owner = torch.tensor([label for label, _ in keys])
-    count = torch.bincount(owner, minlength=num_classes)
+    centre, mass, _ = class_share(share, weight, labels, num_classes, prior)
     free, _, _ = class_share(share, weight, labels, num_classes, prior=0)
-    part = source_mass / mass[owner].clamp_min(1e-30)
-    belief = source_mass / torch.bincount(index)                  # mean weight of a source's videos
-    several, squares = count[owner] > 1, torch.zeros_like(mass).index_add(0, owner, part * part)
-    deviation = torch.where(several, (mean - free[owner]) * (1 - 2 * part + squares[owner]).clamp_min(1e-9).rsqrt(), 0.0)
+    found = _scatter(share, weight, labels, sources, num_classes)
     low, high = torch.zeros_like(centre), torch.ones_like(centre)
     draw, tail = torch.Generator().manual_seed(seed), (1 - confidence) / 2
     for c in range(num_classes):
-        own = owner == c
-        pool = own & several if count[c] >= min_sources else several
-        if count[c] == 0 or mass[c] <= 0 or source_mass[pool].sum() <= 0: continue
-        pick = torch.multinomial(belief[pool], resamples * int(count[c]), replacement=True, generator=draw)
-        moved = deviation[pool][pick].view(resamples, -1) @ (source_mass[own] / source_mass[own].sum())
-        moved = moved * (mass[c] / (mass[c] + prior)).sqrt() * _student(confidence, int(pool.sum()) - len(owner[pool].unique()))
+        own, number = found.owner == c, int(found.count[c])
+        pool = own & found.several if number >= min_sources else found.several
+        if number == 0 or mass[c] <= 0 or found.mass[pool].sum() <= 0: continue
+        pick = torch.multinomial(found.belief[pool], resamples * number, replacement=True, generator=draw)
+        moved = found.deviation[pool][pick].view(resamples, -1) @ (found.mass[own] / found.mass[own].sum())
+        moved = moved * (mass[c] / (mass[c] + prior)).sqrt() * _student(confidence, int(pool.sum()) - len(found.owner[pool].unique()))
         low[c], high[c] = centre[c] + torch.quantile(moved, torch.tensor([tail, 1 - tail], dtype=moved.dtype))
         low[c], high[c] = low[c] + (free[c] - centre[c]).clamp(max=0), high[c] + (free[c] - centre[c]).clamp(min=0)   # as far out as its own videos say
-    return low.clamp(0, 1).minimum(centre), high.clamp(0, 1).maximum(centre), count
+    return low.clamp(0, 1).minimum(centre), high.clamp(0, 1).maximum(centre), found.count
 
 # %% ../nbs/09_dominance.ipynb #ac3479de
 GROUPS = {"local": 1, "balanced": 0, "global": -1}

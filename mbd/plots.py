@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCAL', 'GLOBAL', 'BALANCED', 'FUSED', 'GROUP_COLOURS', 'STYLE', 'style', 'frames_strip', 'training_curves',
            'dominance_map', 'share_against_range', 'top_confusions', 'confusion_matrix', 'accuracy_bars',
-           'prediction_strip', 'method', 'accuracy_against_cost']
+           'prediction_strip', 'method', 'sliders', 'accuracy_against_cost']
 
 # %% ../nbs/06_plots.ipynb #2566c6e6
 import functools
@@ -15,6 +15,8 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+
+from .settings import nearest
 
 # %% ../nbs/06_plots.ipynb #fb071f80
 LOCAL, GLOBAL = "#0072B2", "#D55E00"     # the two streams, and the groups named after them
@@ -298,33 +300,102 @@ def prediction_strip(
     return figure
 
 # %% ../nbs/06_plots.ipynb #55f4e619
-_BOXES = {"video": (0.3, 1.5, "video", BALANCED), "local": (2.3, 2.4, "local stream\n3D CNN: sharp, short", LOCAL), "global": (2.3, 0.6, "global stream\nTransformer: coarse, long", GLOBAL),
-          "map": (5.1, 1.5, "dominance map\nwhich stream does\na class lean on?", BALANCED), "fusion": (7.9, 1.5, "fusion\nweighted by\ndominance", FUSED)}
-_ARROWS = [("video", "local", "often"), ("video", "global", "rarely"), ("local", "map", ""), ("global", "map", ""), ("map", "fusion", "weights")]
+_INK, _PALE, _FAINT = "#4D4D4D", "#C8C8C8", "#8F8F8F"   # what belongs to neither stream; lines and words of parts that are not lit
+_BOXES = {  # part: x, y, half its width, half its height, colour, chapter and name, what it does
+    "video": (0.6, 1.7, 0.52, 0.42, _INK, "02-04\nvideo", ""),
+    "local": (3.75, 2.8, 1.2, 0.54, LOCAL, "07 local stream", "3D CNN: votes of\nshort windows"),
+    "global": (3.75, 0.6, 1.2, 0.54, GLOBAL, "08 global stream", "Transformer: all\nmoments at once"),
+    "dominance": (6.75, 1.7, 0.95, 0.6, _INK, "09 dominance", "which stream does\na class lean on?"),
+    "fusion": (9.1, 1.7, 0.75, 0.6, FUSED, "11 fusion", "trust each\nwhere it leads"),
+    "evaluation": (10.95, 1.7, 0.7, 0.6, _INK, "14 answer", "right?\nhow sure?"),
+}
+_LINES = [  # the part that lights it, its points (the arrow's head at the last), colour, text, where the text stands
+    ("views", [(1.15, 1.95), (2.5, 2.7)], LOCAL, "often, sharp", (1.68, 2.45, "right")),
+    ("views", [(1.15, 1.45), (2.5, 0.7)], GLOBAL, "rarely, coarse", (1.68, 0.9, "right")),
+    ("distillation", [(3.2, 2.26), (3.2, 1.14)], LOCAL, "local\nclasses", (3.1, 1.7, "right")),
+    ("distillation", [(4.3, 1.14), (4.3, 2.26)], GLOBAL, "global\nclasses", (4.4, 1.7, "left")),
+    ("distillation", [(5.8, 1.7), (5.15, 1.7)], _INK, "direction", (5.45, 1.87, "center")),
+    ("dominance", [(4.95, 2.8), (6.75, 2.8), (6.75, 2.3)], LOCAL, "", ()),
+    ("dominance", [(4.95, 0.6), (6.75, 0.6), (6.75, 1.1)], GLOBAL, "", ()),
+    ("fusion", [(4.95, 2.8), (9.1, 2.8), (9.1, 2.3)], LOCAL, "probabilities", (7.9, 2.95, "center")),
+    ("fusion", [(4.95, 0.6), (9.1, 0.6), (9.1, 1.1)], GLOBAL, "probabilities", (7.9, 0.43, "center")),
+    ("fusion", [(7.7, 1.7), (8.35, 1.7)], _INK, "weight", (8.0, 1.87, "center")),
+    ("evaluation", [(9.85, 1.7), (10.25, 1.7)], _INK, "", ()),
+]
+_WORDS = {"views": (0.6, 2.85, "05 views"), "distillation": (3.75, 1.7, "10\nteach")}   # parts that are lines: their names
+
+# %% ../nbs/06_plots.ipynb #5a0c1e02
+def _box(axes, on, x, y, width, height, colour, name, text):
+    "A rounded box with its name and what it does; white where it is not lit."
+    axes.add_patch(matplotlib.patches.FancyBboxPatch(
+        (x - width, y - height), 2 * width, 2 * height, boxstyle="round,pad=0,rounding_size=0.12", lw=1.2,
+        fc=colour if on else "white", ec=colour if on else _PALE, zorder=4))
+    ink = {"ha": "center", "va": "center", "color": "white" if on else _FAINT, "zorder": 5}
+    axes.text(x, y + (0.3 if text else 0), name, fontsize=8.5, fontweight="bold", **ink)
+    axes.text(x, y - 0.17, text, fontsize=7.5, linespacing=1.05, **ink)
 
 
 def method(
-    lit=(),  # names of parts to light: video, local, global, map, distillation, fusion; empty: all
+    lit=(),  # a part, or several: video, views, local, global, dominance, distillation, fusion, evaluation; empty: all
 ) -> Figure:
-    "The parts of MBD and how they hang together."
-    figure, axes = _figure(1, 1, (7.6, 2.3))
-    a, half = axes[0, 0], {n: (0.35 if n == "video" else 0.98 if n in ("local", "global") else 0.75) for n in _BOXES}
-    shade = lambda *names: 1.0 if not lit or any(n in lit for n in names) else 0.25
-    for name, (x, y, text, colour) in _BOXES.items():
-        box = matplotlib.patches.FancyBboxPatch((x - half[name], y - 0.42), 2 * half[name], 0.84, boxstyle="round,pad=0.06", fc=colour, ec="none", alpha=0.9 * shade(name))
-        a.add_patch(box)
-        a.text(x, y, text, ha="center", va="center", color="white", fontsize=8)
-    for start, end, text in _ARROWS:
-        (x0, y0, *_), (x1, y1, *_) = _BOXES[start], _BOXES[end]
-        tip, tail = (x1 - half[end] - 0.1, y1 + 0.25 * np.sign(y0 - y1)), (x0 + half[start] + 0.1, y0)
-        a.annotate("", tip, tail, arrowprops={"arrowstyle": "->", "color": "#444444", "alpha": shade(start, end)})
-        a.text((tip[0] + tail[0]) / 2, (tip[1] + tail[1]) / 2 + 0.12, text, fontsize=7, ha="center", alpha=shade(end))
-    for x, y0, y1, colour, text in ((2.0, 1.9, 1.1, LOCAL, "teaches on\nlocal classes "), (2.6, 1.1, 1.9, GLOBAL, " teaches on\n global classes")):
-        a.annotate("", (x, y1), (x, y0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2, "alpha": shade("distillation")})
-        a.text(x, 1.5, text, fontsize=7, color=colour, va="center", ha="right" if x < 2.3 else "left", alpha=shade("distillation"))
-    a.set(xlim=(-0.2, 8.8), ylim=(0, 3))
+    "The parts of MBD and how they hang together, the map of the book. Raises ValueError for another part."
+    parts = (*_BOXES, *_WORDS)
+    lit = {lit} if isinstance(lit, str) else set(lit) or set(parts)
+    for name in sorted(lit - set(parts)):
+        raise ValueError(f"the method has no part {name!r}; {nearest(name, parts)}")
+    figure, axes = _figure(1, 1, (8.4, 2.5))
+    a = axes[0, 0]
+    for part, points, colour, text, place in _LINES:
+        on = part in lit
+        look = {"color": colour if on else _PALE, "lw": 1.6 if on else 1, "zorder": 3 if on else 2}
+        a.plot(*zip(*points[:-1]), **look)
+        a.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **look})
+        if text:
+            a.text(*place[:2], text, ha=place[2], va="center", fontsize=7.5, color=colour if on else _FAINT)
+    for part, box in _BOXES.items():
+        _box(a, part in lit, *box)
+    for part, (x, y, text) in _WORDS.items():
+        a.text(x, y, text, ha="center", va="center", fontsize=8.5, fontweight="bold", color="black" if part in lit else _FAINT)
+    a.set(xlim=(0, 11.7), ylim=(0, 3.4))
     a.axis("off")
     return figure
+
+# %% ../nbs/06_plots.ipynb #5a0c1e07
+def _answered() -> bool:
+    "Does a front end listen that somebody sits at? It offers to answer `input`; nbconvert, papermill and tests do not."
+    try:
+        import ipywidgets  # noqa: F401
+        from IPython import get_ipython
+        return bool(get_ipython().get_parent()["content"]["allow_stdin"])
+    except (ImportError, AttributeError, KeyError, TypeError):
+        return False
+
+# %% ../nbs/06_plots.ipynb #5a0c1e09
+def sliders(
+    draw,  # function of the names below that returns a Figure
+    **ranges,  # name=(lowest, highest, start); whole numbers move by one, others in fifty steps
+) -> Figure:  # None where the sliders are shown
+    "The figure of draw(start values), with a slider a name that redraws it; the figure alone where no front end listens."
+    for name, (low, high, start) in ranges.items():
+        if not low <= start <= high:
+            raise ValueError(f"slider {name!r}: the start {start} must lie in {low} to {high}")
+    figure = draw(**{name: start for name, (_, _, start) in ranges.items()})
+    if not _answered():
+        return figure
+    import ipywidgets
+    from IPython.display import display
+    knobs = {}
+    for name, (low, high, start) in ranges.items():
+        kind, step = (ipywidgets.IntSlider, 1) if all(isinstance(v, int) for v in (low, high, start)) else (ipywidgets.FloatSlider, (high - low) / 50)
+        knobs[name] = kind(start, min=low, max=high, step=step, description=name.replace("_", " "), continuous_update=False, style={"description_width": "initial"})
+    display(ipywidgets.VBox(list(knobs.values())))
+    shown = display(figure, display_id=True)
+
+    def redraw(_):
+        shown.update(draw(**{name: knob.value for name, knob in knobs.items()}))
+
+    for knob in knobs.values():
+        knob.observe(redraw, "value")
 
 # %% ../nbs/06_plots.ipynb #29f7fc17
 def accuracy_against_cost(

@@ -84,7 +84,8 @@ def test_a_chapter_opens_with_its_module_title_and_subtitle(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
-def test_stored_outputs_hold_no_errors_no_machine_paths_and_are_small(path):
+def test_stored_outputs_hold_no_errors_no_machine_paths_no_widgets_and_are_small(path):
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"], f"{path.name}: the state of widgets is stored; run nbdev-clean"
     for number, cell in enumerate(cells(path)):
         for output in cell.get("outputs", ()):
             text = json.dumps({k: v for k, v in output.items() if k != "data"} | {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/png")})
@@ -92,6 +93,7 @@ def test_stored_outputs_hold_no_errors_no_machine_paths_and_are_small(path):
             assert output["output_type"] != "error" and "Traceback (most recent call last)" not in text, f"{where}: an error is stored"
             found = re.search(r"(?<![\w.])/(tmp|home|root|Users|work|mnt|opt|var/folders|private)/[\w.-]|[A-Z]:\\\\+Users", text)
             assert not found, f"{where}: a path of this machine is stored: ...{text[max(0, found.start() - 20):found.end() + 40]}"
+            assert not any("widget" in kind for kind in output.get("data", {})), f"{where}: a widget is stored, which nobody can use without a kernel; execute with nbconvert"
             assert len(json.dumps(output)) <= 300_000, f"{where}: an output of {len(json.dumps(output))} bytes"
 
 

@@ -1,5 +1,8 @@
 """Figures: what they show, and that they are figures on their own."""
 import io
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -136,3 +139,98 @@ def test_style_changes_text_sizes():
     with matplotlib.rc_context():
         plots.style()
         assert plt.rcParams["font.size"] == 9 and plt.rcParams["figure.dpi"] <= 90
+
+
+PARTS = ("video", "views", "local", "global", "dominance", "distillation", "fusion", "evaluation")
+
+
+def lit_colours(figure):
+    "Colours other than white and greys that a picture of the method shows in boxes and lines."
+    colours = [p.get_facecolor() for p in figure.axes[0].patches] + [line.get_color() for line in figure.axes[0].lines]
+    return {matplotlib.colors.to_hex(c).upper() for c in colours} & {plots.LOCAL, plots.GLOBAL, plots.FUSED}
+
+
+def test_the_method_lights_one_part_and_keeps_the_words_of_all():
+    pictures = {part: plots.method(part) for part in PARTS} | {"all": plots.method()}
+    assert len({tuple(sorted(words(f))) for f in pictures.values()}) == 1      # a part that is not lit is still readable
+    drawn = {name: io.BytesIO() for name in pictures}
+    for name, figure in pictures.items():
+        figure.savefig(drawn[name], format="png", dpi=80)
+    assert len({d.getvalue() for d in drawn.values()}) == len(pictures) and max(len(d.getvalue()) for d in drawn.values()) < 40_000
+    assert lit_colours(pictures["local"]) == {plots.LOCAL} and lit_colours(pictures["global"]) == {plots.GLOBAL} and lit_colours(pictures["video"]) == set()
+    assert plots.FUSED in lit_colours(pictures["fusion"]) and lit_colours(pictures["distillation"]) == {plots.LOCAL, plots.GLOBAL}
+    assert lit_colours(plots.method(["local", "fusion"])) == {plots.LOCAL, plots.GLOBAL, plots.FUSED}
+
+
+def test_texts_of_the_method_do_not_overlap():
+    figure = plots.method()
+    figure.canvas.draw()
+    boxes = [(t.get_text(), t.get_window_extent()) for t in figure.axes[0].texts if t.get_text()]
+    assert len(boxes) > 15
+    assert [] == [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[i + 1:] if box.overlaps(other)]
+
+
+def test_a_part_that_the_method_has_not_is_told():
+    with pytest.raises(ValueError, match="no part 'fuson'; did you mean 'fusion'"):
+        plots.method("fuson")
+
+
+def bars(height, colour=0):
+    figure, axes = plots._figure(1, 1, (2, 1))
+    axes[0, 0].bar([0], [height], color=f"C{colour}")
+    return figure
+
+
+def test_without_a_front_end_sliders_are_the_figure_of_their_start():
+    figure = plots.sliders(bars, height=(0.0, 5.0, 2.0), colour=(0, 3, 1))
+    assert isinstance(figure, Figure) and figure.axes[0].patches[0].get_height() == 2
+    with pytest.raises(ValueError, match="'height': the start 6 must lie in 0 to 5"):
+        plots.sliders(bars, height=(0, 5, 6))
+
+
+class Reader:
+    "A front end, as far as the protocol goes: sends cells to a kernel and keeps what comes back."
+
+    def __init__(self):
+        from jupyter_client.manager import KernelManager
+        path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+        self.manager = KernelManager()
+        self.manager.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        self.manager.start_kernel(env={**os.environ, "PYTHONPATH": path})
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+
+    def until_idle(self, request):
+        messages = []
+        while not messages or not (messages[-1]["msg_type"] == "status" and messages[-1]["content"]["execution_state"] == "idle" and messages[-1]["parent_header"].get("msg_id") == request):
+            messages.append(self.client.get_iopub_msg(timeout=60))
+        assert not [m["content"]["evalue"] for m in messages if m["msg_type"] == "error"]
+        return {kind: [m["content"] for m in messages if m["msg_type"] == kind] for kind in {m["msg_type"] for m in messages}}
+
+    def run(self, code, somebody): return self.until_idle(self.client.execute(code, allow_stdin=somebody))
+
+    def move(self, comm, **state):
+        message = self.client.session.msg("comm_msg", {"comm_id": comm, "data": {"method": "update", "state": state, "buffer_paths": []}})
+        self.client.shell_channel.send(message)
+        return self.until_idle(message["header"]["msg_id"])
+
+
+def test_in_a_kernel_sliders_move_the_figure_for_a_reader_and_leave_no_widget_for_a_machine():
+    pytest.importorskip("ipykernel"), pytest.importorskip("ipywidgets")
+    reader = Reader()
+    try:
+        reader.run("%matplotlib inline\nfrom mbd import plots\ndef draw(height):\n    figure, axes = plots._figure(1, 1, (2, 1)); axes[0, 0].bar([0], [height]); axes[0, 0].set(ylim=(0, 5)); return figure", False)
+        cell = "plots.sliders(draw, height=(0.0, 5.0, 2.0))"
+        alone = reader.run(cell, somebody=False)      # as nbconvert and papermill run it
+        [still] = alone["execute_result"]
+        assert "image/png" in still["data"] and not any("widget" in kind for kind in still["data"]) and not {"comm_open", "display_data"} & set(alone)
+        met = reader.run(cell, somebody=True)         # as JupyterLab runs it
+        [shown] = [m for m in met["display_data"] if "image/png" in m["data"]]
+        assert shown["data"]["image/png"] == still["data"]["image/png"] and any("application/vnd.jupyter.widget-view+json" in m["data"] for m in met["display_data"])
+        [knob] = [m["comm_id"] for m in met["comm_open"] if m["data"]["state"].get("_model_name") == "FloatSliderModel"]
+        [moved] = reader.move(knob, value=4.0)["update_display_data"]
+        assert moved["transient"]["display_id"] == shown["transient"]["display_id"] and moved["data"]["image/png"] != shown["data"]["image/png"]
+    finally:
+        reader.client.stop_channels()
+        reader.manager.shutdown_kernel(now=True)
