@@ -79,7 +79,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     before = set(ROOT.iterdir())
     command = [sys.executable, "-m", "sphinx", "-M", "html", ".", str(folder), "-c", "nbs/site", "-W", "--keep-going"]
-    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert {p.name for p in set(ROOT.iterdir()) - before} <= {"_proc"}      # which git ignores
     return {p: Page(p) for p in (folder / "html").rglob("*.html")}
