@@ -6,31 +6,31 @@ import torch
 from mbd import clips, study
 from mbd.distillation import Distillation
 from mbd.dominance import DominanceMap
-from mbd.study import Arm, Claim, Setting, Table, World, cka, claims_table, contrast, read_claims, regroup, run_cells, score_arm, seeds_needed, train_arm, verdicts
+from mbd.study import Arm, Claim, Setting, Table, World, cka, claims_table, contrast, grid, read_claims, regroup, run_cells, score_arm, seeds_needed, train_arm, verdicts
 
 
-def work(arm, seed): return dict(top1=.5 + .01*seed + .02*(arm == "b"))
+def work(seed, arm): return dict(top1=.5 + .01*seed + .02*(arm == "b"))
 
 
 def test_a_grid_goes_on_where_it_was_killed(tmp_path):
     calls = []
-    def dies(arm, seed):
+    def dies(seed, arm):
         calls.append((arm, seed))
         if len(calls) == 4: raise KeyboardInterrupt
-        return work(arm, seed)
-    with pytest.raises(KeyboardInterrupt): run_cells(Table(tmp_path), "ab", range(4), dies)
+        return work(seed, arm)
+    with pytest.raises(KeyboardInterrupt): run_cells(Table(tmp_path), grid(range(4), arm="ab"), dies)
     assert len(Table(tmp_path).rows()) == 3
-    assert run_cells(Table(tmp_path), "ab", range(4), work) == 5 and run_cells(Table(tmp_path), "ab", range(4), work) == 0
+    assert run_cells(Table(tmp_path), grid(range(4), arm="ab"), work) == 5 and run_cells(Table(tmp_path), grid(range(4), arm="ab"), work) == 0
     rows = Table(tmp_path).rows()
-    assert sorted((r["arm"], r["seed"]) for r in rows) == [(a, s) for a in "ab" for s in range(4)] and all({"seconds", "commit"} <= r.keys() for r in rows)
+    assert sorted((r["arm"], r["seed"]) for r in rows) == [(a, s) for a in "ab" for s in range(4)] and all({"cell_seconds", "commit"} <= r.keys() for r in rows)
 
 
 def test_half_a_line_is_no_cell_and_is_cut_off(tmp_path):
-    table = Table(tmp_path); table.add(arm="a", seed=1, top1=.25)
-    with open(table.file, "ab") as out: out.write(b"b,1,0.9")
+    table = Table(tmp_path); table.add(seed=1, arm="a", top1=.25)
+    with open(table.file, "ab") as out: out.write(b"1,b,0.9")
     assert [r["arm"] for r in table.rows()] == ["a"]
-    table.add(arm="b", seed=1, top1=.5)
-    assert [(r["arm"], r["top1"]) for r in table.rows()] == [("a", .25), ("b", .5)] and table.file.read_bytes().endswith(b"b,1,0.5\n")
+    table.add(seed=1, arm="b", top1=.5)
+    assert [(r["arm"], r["top1"]) for r in table.rows()] == [("a", .25), ("b", .5)] and table.file.read_bytes().endswith(b"1,b,0.5\n")
 
 
 def test_a_file_killed_in_its_first_line_begins_anew(tmp_path):
@@ -41,10 +41,10 @@ def test_a_file_killed_in_its_first_line_begins_anew(tmp_path):
 
 
 def test_shards_take_whole_seeds_and_each_cell_is_done_once(tmp_path):
-    for k in range(3): run_cells(Table(tmp_path, shard=(k, 3)), "ab", range(7), work)
+    for k in range(3): run_cells(Table(tmp_path, shard=(k, 3)), grid(range(7), arm="ab"), work)
     rows = Table(tmp_path).rows()
     assert len(rows) == 14 and len({(r["arm"], r["seed"]) for r in rows}) == 14 and len(list(tmp_path.glob("cells-*of3.csv"))) == 3
-    assert run_cells(Table(tmp_path), "ab", range(7), work) == 0            # one process alone finds them all
+    assert run_cells(Table(tmp_path), grid(range(7), arm="ab"), work) == 0            # one process alone finds them all
 
 
 def test_other_columns_and_lines_of_another_length_are_refused_by_name(tmp_path):
