@@ -284,7 +284,9 @@ class World:
         kept = Checkpoints(self.folder / f"warm-{s.hash}-{self.seed}", keep=1, every=60)
         settings = training.Training(epochs=self.epochs(self.parts["fit"], s.warm_up), batch_size=s.batch_size, learning_rate=s.learning_rate, seed=self.seed)
         training.train(model, self.data(self.parts["fit"], True), settings, checkpoints=kept)
-        return self.measured(model)
+        model = self.measured(model)
+        self.start = regroup(model.map, "point")
+        return model
 
     def measured(self, model):
         "The model with temperatures, map and adaptive fusion from the held-out videos."
@@ -346,7 +348,7 @@ def score_arm(
     model, # of `train_arm`
     fusions=("scalar",), # beside the adaptive one, as in `fit_all`
 ) -> dict:
-    "A row of the table: accuracies (fractions of the test videos), by the kind the classes were built as, and how different the streams are."
+    "A row of the table: accuracies (fractions of the test videos), by the kind the classes were built as, and how different the streams are. Call it after `train_arm`."
     held, answers = world.data(world.parts["held"]), training.predict(model, world.data(world.parts["test"]), batch_size=100)
     fitted, best = training.fit_fusions(model, held, names=list(fusions))
     logs = training.calibrate(answers, model.temperature)
@@ -358,6 +360,8 @@ def score_arm(
     row = {name: float(r.mean()) for name, r in right.items() if name in ("local", "global", "average", "adaptive")}
     row |= {"best_baseline": float(right[best].mean()), "oracle": float(evaluation.oracle(right["local"], right["global"]).mean())}
     row |= {"local_on_local": top("local", "local"), "local_on_global": top("local", "global"), "global_on_global": top("global", "global"), "global_on_local": top("global", "local")}
+    codes = world.start.group_codes[y].numpy()
+    row |= {"adaptive_minus_best": row["adaptive"] - row["best_baseline"], "non_dominant": float(np.where(codes == 1, right["global"], right["local"]).mean())}
     row |= {f"fusion_{name}": float(r.mean()) for name, r in right.items() if name in fusions}
     row |= {"nll": float(-fused["adaptive"].gather(1, y[:, None]).clamp_min(1e-12).log().mean()), "disagreement": float((p[0].argmax(1) != p[1].argmax(1)).double().mean()),
             "ambiguity": float(ambiguity(*logs, y)[2].mean()), "cka": cka(*answers.embeddings)}
