@@ -413,17 +413,22 @@ class Teacher(nn.Module):
         return Lesson(output.logits.detach() / self.temperature, OrderedDict((name, stage.detach()) for name, stage in output.stages.items()))
 
 # %% ../nbs/10_distillation.ipynb #3cb4f081
-LESSONS = ("other", "self", "fused")
+LESSONS = ("other", "dominant", "self", "fused")
 
 def exchange(
     local: Lesson, # of the local stream's teacher
     global_: Lesson, # of the global stream's teacher
-    lesson: str = "other", # other, self or fused
+    lesson: str = "other", # other, dominant, self or fused
+    group_codes: torch.Tensor = None, # (B,) of the videos, for dominant
     fusion=None, # (p_local, p_global) -> (B, K) probabilities, for fused
 ) -> tuple: # (what the global stream hears, what the local stream hears), two Lessons
-    "Whose answer each stream is taught. ValueError on an unknown lesson, or without a fusion"
+    "Whose answer each stream is taught. ValueError on an unknown lesson, or where groups or fusion are lacking"
     _choose("lesson", lesson, LESSONS)
-    if lesson != "fused": return (local, global_) if lesson == "other" else (global_, local)
+    if lesson in ("other", "self"): return (local, global_) if lesson == "other" else (global_, local)
+    if lesson == "dominant":
+        if group_codes is None: raise ValueError("lesson='dominant' needs the groups of the videos: pass group_codes, as from presumed_groups")
+        hears = lambda own, other, code: Lesson(torch.where((group_codes == code)[:, None], other.logits, own.logits), OrderedDict())
+        return hears(global_, local, 1), hears(local, global_, -1)
     if fusion is None: raise ValueError("lesson='fused' needs the fusion: pass mbd.fusion.MeanFusion(), or the model's fitted one")
     fused = fusion(*(answer.logits.float().softmax(1) for answer in (local, global_))).clamp_min(1e-8).log()
     return (Lesson(fused, OrderedDict()),) * 2
@@ -447,7 +452,7 @@ FINALS = ("soft", "decoupled")
 class Distillation:
     "How the streams teach each other. The weights multiply the losses added to each stream's cross-entropy. ValueError naming the field"
     arm: str = "directed" # directed, both, reversed, to_global, to_local or none
-    lesson: str = "other" # whose answer is taught: other, self or fused
+    lesson: str = "other" # whose answer is taught: other, dominant, self or fused
     temperature: float = 2.0 # of the soft labels, > 0
     final_weight: float = 0.5 # of the final-layer loss, >= 0; 0 switches it off
     intermediate_weight: float = 0.5 # of the intermediate-layer loss, >= 0; 0 switches it off

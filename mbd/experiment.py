@@ -105,7 +105,7 @@ def value_problem(parameter: Parameter, value) -> str | None:
 # %% ../nbs/16_experiment.ipynb #c109a9e8
 TEACHING = (
     Parameter("arm", str, "directed", "direction of distillation", choices=ARMS),
-    Parameter("lesson", str, "other", "whose answer is taught: the other stream's, one's own, or the fusion's", choices=LESSONS),
+    Parameter("lesson", str, "other", "whose answer is taught: the other stream's, the dominant one's to both, one's own, or the fusion's", choices=LESSONS),
     Parameter("temperature", float, None, "of the final-layer distillation", low=0.1, high=100.0),
     Parameter("final", str, "soft", "final-layer loss", choices=FINALS),
     Parameter("final_weight", float, None, "weight of the final-layer loss", low=0.0, high=100.0),

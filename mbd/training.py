@@ -136,7 +136,7 @@ class _Teaching:
         lessons = each(lambda name: self.teachers[name](views[name], ends[name]), self.teachers)
         places = tuple(Placement.from_batch(batch, name) for name in ends) if self.compares and self.config.intermediate in ("hint", "attention") else None
         groups = presumed_groups(mixture.labels, self.groups, *(lesson.logits for lesson in lessons.values()))
-        heard = exchange(*lessons.values(), self.config.lesson, self.fusion)
+        heard = exchange(*lessons.values(), self.config.lesson, groups, self.fusion)
         others = (mixture.others, self.groups[mixture.others], mixture.share) if mixture.share < 1 else None
         terms, taught = distillation_terms(*ends.values(), *heard, mixture.labels, groups, self.config, places=places, projections=self.layers, others=others, gather=gather)
         return terms, taught | terms

@@ -276,7 +276,7 @@ def test_a_split_off_label_needs_one():
 @pytest.mark.parametrize("lesson, of_global, of_local", [("other", [1., 0], [0, 2.]), ("self", [0, 2.], [1., 0]), ("fused", None, None)])
 def test_whose_answer_each_stream_hears(lesson, of_global, of_local):
     local, global_ = (Lesson(torch.tensor([z]), {"stage": torch.ones(1)}) for z in ([1., 0], [0, 2.]))
-    to_global, to_local = exchange(local, global_, lesson, MeanFusion())
+    to_global, to_local = exchange(local, global_, lesson, fusion=MeanFusion())
     if lesson != "fused": assert to_global.logits[0].tolist() == of_global and to_local.logits[0].tolist() == of_local
     else:
         mean = (local.logits.softmax(1) + global_.logits.softmax(1)) / 2
@@ -286,6 +286,13 @@ def test_whose_answer_each_stream_hears(lesson, of_global, of_local):
 def test_lessons_that_teach_the_last_layer_only_say_so():
     with pytest.raises(ValueError, match="lesson='self'.*intermediate_weight.*0"): Distillation(lesson="self")
     with pytest.raises(ValueError, match="fusion"): exchange(None, None, "fused")
+    with pytest.raises(ValueError, match="groups"): exchange(None, None, "dominant")
+
+
+def test_both_hear_the_dominant_stream_and_themselves_where_nobody_is():
+    local, global_ = (Lesson(torch.full((3, 2), v), {}) for v in (1., 2.))
+    to_global, to_local = exchange(local, global_, "dominant", torch.tensor([1, 0, -1]))
+    assert to_global.logits[:, 0].tolist() == [1, 2, 2] and to_local.logits[:, 0].tolist() == [1, 1, 2]
 
 
 def test_live_peers_as_teachers_are_not_moved_as_teachers():

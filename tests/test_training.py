@@ -319,7 +319,7 @@ def test_directions_of_videos_without_a_label_come_from_the_teachers(monkeypatch
     for labels, groups in seen: assert all(g == (codes[2] if y < 0 else codes[y]) for y, g in zip(labels.tolist(), groups.tolist()))
 
 
-@pytest.mark.parametrize("lesson", ("self", "fused"))
+@pytest.mark.parametrize("lesson", ("self", "fused", "dominant"))
 def test_lessons_of_oneself_and_of_the_fusion_teach_too(lesson):
     plain = replace(TEACH, intermediate_weight=0., arm="both")
     other, mine, none = (trained(distillation=d)[0] for d in (plain, replace(plain, lesson=lesson), None))
