@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mbd.compare._value': ('compare.html#_value', 'mbd/compare.py'),
                              'mbd.compare._with': ('compare.html#_with', 'mbd/compare.py'),
                              'mbd.compare.answers': ('compare.html#answers', 'mbd/compare.py'),
+                             'mbd.compare.claims': ('compare.html#claims', 'mbd/compare.py'),
                              'mbd.compare.cost_figure': ('compare.html#cost_figure', 'mbd/compare.py'),
                              'mbd.compare.joined': ('compare.html#joined', 'mbd/compare.py'),
                              'mbd.compare.lines': ('compare.html#lines', 'mbd/compare.py'),

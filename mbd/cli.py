@@ -175,7 +175,7 @@ def _compare(words):
     folder = Path(words.reports or settings.load().reports)
     if not folder.is_dir(): raise UsageError(f"{folder} is no folder; name that of the reports with --reports")
     runs = experiment.read_runs(folder)
-    text = f"{compare.tables(runs)}\n\n## Runs on the same videos\n\n{compare.paired_table([r for r in runs if r['status'] == 'complete'])}\n"
+    text = f"{compare.tables(runs)}\n\n## Runs on the same videos\n\n{compare.paired_table([r for r in runs if r['status'] == 'complete'])}\n\n## Claims\n\n{compare.claims(folder)}\n"
     if words.output: experiment.write_atomic(words.output, lambda file: file.write(text.encode()))
     print(text)
 
@@ -294,6 +294,7 @@ def _run_parser(commands):
     notebook.set_defaults(function=_run)
     notebook.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(BENCHMARKS) + ", features, or all: the four benchmarks one after the other")
     notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a line of the notebook's parameters; may be repeated")
+    notebook.add_argument("--preset", dest="parameter", action="append", type=lambda name: ("preset", name), default=argparse.SUPPRESS, metavar="NAME", help="the same as -p preset NAME: smoke, mini or full")
 
 def _train_parser(commands):
     "The words of `mbd train`."
@@ -301,6 +302,7 @@ def _train_parser(commands):
     whole.set_defaults(function=_train)
     whole.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(BENCHMARKS))
     whole.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a line of the notebook's first cell; may be repeated")
+    whole.add_argument("--preset", dest="parameter", action="append", type=lambda name: ("preset", name), default=argparse.SUPPRESS, metavar="NAME", help="the same as -p preset NAME: smoke, mini or full")
 
 # %% ../nbs/17_cli.ipynb #4297211d
 def _compare_parser(commands):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TITLES', 'Published', 'published', 'Line', 'lines', 'over_seeds', 'joined', 'unequal', 'own_table',
-           'published_table', 'tables', 'cost_figure', 'answers', 'sign_flips', 'paired', 'paired_table']
+           'published_table', 'tables', 'cost_figure', 'answers', 'sign_flips', 'paired', 'paired_table', 'claims']
 
 # %% ../nbs/compare.ipynb #2a7910eb
 import csv, itertools, json, math
@@ -14,6 +14,7 @@ import numpy as np
 from . import evaluation, plots
 from .account import table
 from .pairs import find_pair
+from .study import claims_table, read_claims
 from .experiment import EXPERIMENTS, comparable, load_predictions, read_runs
 
 # %% ../nbs/compare.ipynb #c4e4264a
@@ -247,3 +248,11 @@ def paired_table(runs: list, method="adaptive", resamples=2000) -> str: # Markdo
     if not found: return "No two complete runs answered the same videos." + words
     return table(["first", "second", "videos", f"{method}, first minus second, points", "p", "p, Holm"], [(Path(a["folder"]).name, Path(b["folder"]).name, f["videos"], "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100*x for x in f["difference"])), f"{f['p']:.3g}", f"{p:.3g}")
                   for (a, b, f), p in zip(found, evaluation.holm([f["p"] for *_, f in found]))]) + words
+
+# %% ../nbs/compare.ipynb #938cfbfd
+def claims(
+    reports, # folder of the run folders and studies
+) -> str: # Markdown; a line that says so where there are no claims
+    "The claims in `claims.toml` of this folder, with their verdicts."
+    file = Path(reports)/"claims.toml"
+    return claims_table(read_claims(file), reports) if file.is_file() else "No claims.toml here."

@@ -187,3 +187,12 @@ def test_bench_inference_and_train_hand_the_words_on(monkeypatch, capsys):
 
 def test_bench_names_a_wrong_pair(capsys):
     assert cli.main(["bench", "inference", "--pair", "ucf101/hnad"]) == 2 and "did you mean 'hand'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ("run", "train"))
+def test_a_preset_is_a_parameter_like_any_other(command, monkeypatch):
+    "The two ways to say it come together in one list, in order."
+    seen = []
+    monkeypatch.setattr(cli, f"_{command}", lambda words: seen.append([tuple(pair) for pair in words.parameter]) or 0)
+    assert cli.main([command, "ucf101", "-p", "seed", "3", "--preset", "smoke", "-p", "split", "2"]) == 0 and cli.main([command, "ucf101"]) == 0
+    assert seen == [[("seed", "3"), ("preset", "smoke"), ("split", "2")], []]
