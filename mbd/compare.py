@@ -252,7 +252,8 @@ def paired_table(runs: list, method="adaptive", resamples=2000) -> str: # Markdo
 # %% ../nbs/compare.ipynb #938cfbfd
 def claims(
     reports, # folder of the run folders and studies
+    place="", # what leads from the page that shows the table to that folder
 ) -> str: # Markdown; a line that says so where there are no claims
     "The claims in `claims.toml` of this folder, with their verdicts."
     file = Path(reports)/"claims.toml"
-    return claims_table(read_claims(file), reports) if file.is_file() else "No claims.toml here."
+    return claims_table(read_claims(file), reports, place) if file.is_file() else "No claims.toml here."

@@ -204,15 +204,17 @@ def verdicts(
 
 def claims_table(
     claims, reports, # as for `verdicts`
-    scale=100, # of differences: points
+    place="", # what leads from the page that shows the table to the reports, as ../reports/
 ) -> str: # Markdown
-    "The claims with their verdicts."
-    lines = ["| | claim | contrast | seeds | difference, points | p, Holm | verdict |", "|" + "---|"*7]
+    "The claims with their verdicts, each with a link to its cells."
+    lines = ["| | claim | contrast | seeds | difference, in hundredths | p, Holm | verdict |", "|" + "---|"*7]
+    points = lambda x: f"{100*x:+.1f}"
     for claim, c, p, word in verdicts(claims, reports):
+        cells = f"[{claim.study}]({place}{claim.study}/cells.csv)" if (Path(reports) / claim.study / "cells.csv").is_file() else claim.study
         against = claim.controls if isinstance(claim.controls, (int, float)) else ", ".join(claim.controls)
-        numbers = "" if c is None else f"{scale*c.estimate:+.1f} [{scale*c.low:+.1f}, {scale*c.high:+.1f}]" + (f" against {c.against}" if isinstance(claim.controls, list) and len(claim.controls) > 1 else "")
+        numbers = "" if c is None else f"{points(c.estimate)} [{points(c.low)}, {points(c.high)}]" + (f" against {c.against}" if isinstance(claim.controls, list) and len(claim.controls) > 1 else "")
         where = "".join(f", {k} = {v}" for k, v in claim.where.items())
-        lines.append(f"| {claim.paper} | {claim.says} | [{claim.study}]({claim.study}/): {claim.metric} of *{claim.arm}* above {against}{where} | {c.n if c else 0} of {claim.seeds} | {numbers} | {'' if p is None else f'{p:.2g}'} | **{word}** |")
+        lines.append(f"| {claim.paper} | {claim.says} | {cells}: {claim.metric} of *{claim.arm}* above {against}{where} | {c.n if c else 0} of {claim.seeds} | {numbers} | {'' if p is None else f'{p:.2g}'} | **{word}** |")
     return "\n".join(lines)
 
 # %% ../nbs/16_study.ipynb #4b6a9eb8
