@@ -84,10 +84,13 @@ def run_all(context, lab, name, seconds, pictures):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     bars, end = 0, time.monotonic() + seconds
-    prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
+    prompts, moving = page.locator(".jp-CodeCell .jp-InputArea-prompt"), page.locator(".jp-OutputArea .widget-hbox .widget-hprogress:visible")
     while True:
-        texts, seen = prompts.all_inner_texts(), page.locator(".jp-OutputArea .widget-hbox .widget-hprogress:visible").count()
-        if seen > bars: bars = seen; page.screenshot(path=pictures / f"running-{bars}.png")
+        texts, seen = prompts.all_inner_texts(), moving.count()
+        if seen > bars:
+            bars = seen
+            moving.last.scroll_into_view_if_needed()      # JupyterLab has gone to the last cell
+            page.screenshot(path=pictures / f"running-{bars}.png")
         if all(t.strip("[]: ").isdecimal() for t in texts): break
         assert not errors(page), errors(page)
         assert time.monotonic() < end, f"{name} is not done after {seconds} s: {texts}"
