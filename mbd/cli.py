@@ -8,14 +8,15 @@ __all__ = ['BENCHMARKS', 'UsageError', 'parser', 'main']
 # %% ../nbs/17_cli.ipynb #f134bba0
 import argparse, os, sys
 from pathlib import Path
-from . import settings
+from . import __version__, settings
 
 # %% ../nbs/17_cli.ipynb #915c4f38
 class UsageError(Exception):
     "The command was asked in a wrong way: exit status 2."
 
-def _folder(name, given=None):
-    "Folder of a data set: as given, or as configured. Raises UsageError."
+def _folder(name, given=None, there=True):
+    "Folder of a data set: as given, or as configured. Raises UsageError; FileNotFoundError where it must be `there` and is not."
+    if given and there and not Path(given).expanduser().is_dir(): raise FileNotFoundError(f"--root {given} is no folder; name the one that holds {name}")
     if given: return Path(given).expanduser()
     folder = settings.load().data.get(name)
     if folder is None: raise UsageError(f"no folder is known for {name}; give --root FOLDER, or set {name} under [data] in settings.ini (or MBD_DATA_{name.upper()})")
@@ -52,8 +53,9 @@ def _data_prepare(words):
     from mbd import preparation
     conf = settings.load()
     urls = words.url or conf.urls.get(words.name)
+    if words.subset and words.name != "kinetics400": raise UsageError(f"--subset is for kinetics400; {words.name} comes whole: leave it out")
     options = dict(subsets=tuple(words.subset)) if words.subset else {}
-    done = preparation.prepare(words.name, _folder(words.name, words.root), source=words.source, annotations=_annotations(words.name, words.annotations),
+    done = preparation.prepare(words.name, _folder(words.name, words.root, there=False), source=words.source, annotations=_annotations(words.name, words.annotations),
                                urls=urls, keep=not words.discard, progress=_bar(f"preparing {words.name}", "MiB"), **options)
     print(f"{done.name}: {done.videos} videos in {done.root}, lists in {done.lists}, from {done.archives} archives")
     print("next: mbd data list, then mbd data check")
@@ -64,14 +66,17 @@ def _data_check(words):
     from mbd import scanning
     root = _folder(words.name, words.root)
     report = scanning.check(root, workers=words.workers, timeout=words.timeout, output=words.output, retry=words.retry, progress=_bar("checking"))
+    if not report.found: raise UsageError(f"there is no video below {root}; name the folder that holds {words.name} with --root, or fetch it: mbd data prepare {words.name}")
     print(report)
     print(f"tables: {Path(words.output or root) / 'frames.csv'} and unreadable.csv")
 
 def _data_resize(words):
     "Smaller copies with regular key frames."
     from mbd import scanning
-    print(scanning.resize(_folder(words.name, words.root), Path(words.output).expanduser(), short_side=words.short_side, keyframes=words.keyframes,
-                          shard=words.shard, workers=words.workers, progress=_bar("resizing")))
+    root = _folder(words.name, words.root)
+    report = scanning.resize(root, Path(words.output).expanduser(), short_side=words.short_side, keyframes=words.keyframes, shard=words.shard, workers=words.workers, progress=_bar("resizing"))
+    if not report.found and words.shard == (0, 1): raise UsageError(f"there is no video below {root}; name the folder that holds {words.name} with --root")
+    print(report)
 
 # %% ../nbs/17_cli.ipynb #99be5829
 def _features(words):
@@ -86,14 +91,25 @@ BENCHMARKS = ("ucf101", "hmdb51", "kinetics400", "ssv2")
 def _run(words):
     "Execute the notebooks of experiments. 1 where one of them failed."
     from mbd import experiment
-    names, given = BENCHMARKS if words.experiment == "all" else (words.experiment,), dict(_parameter(*pair) for pair in words.parameter)
-    files = {name: Path(__file__).resolve().parent.parent/"nbs"/f"run_{experiment.find_experiment(name).name}.ipynb" for name in names}
+    names = BENCHMARKS if words.experiment == "all" else (words.experiment,)
+    if words.parameters: return print(*(f"# {name}\n{experiment.parameters_cell(name)}" for name in names), sep="\n\n")
+    files = {name: Path(__file__).resolve().parent.parent/"nbs"/f"run_{name}.ipynb" for name in names}
     for name, file in files.items():
-        experiment.check_parameters(given, name)
+        given = _given(words, name)
         if not file.is_file(): raise UsageError(f"{file.name} is not beside this package: clone the kit and install it with pip install -e ., for the notebooks are part of it")
     ends = {name: _execute(name, file, given) for name, file in files.items()}
     for name, (error, kept) in ends.items(): print(f"{name}: {'failed: ' + error if error else 'complete'}; the notebook is {kept}", file=sys.stderr if error else sys.stdout)
     return int(any(error for error, _ in ends.values()))
+
+def _given(words, name):
+    "The parameters of an experiment as they were typed. Raises UsageError for what it does not have, or what does not go together, or data that are not there."
+    from mbd import experiment
+    given = dict(_parameter(*pair) for pair in words.parameter)
+    try: experiment.parameters_of(name, given)
+    except experiment.ParameterError as error:
+        text, unknown, _ = str(error).partition("\nNothing was run")      # the list of all parameters, too long for a line
+        raise UsageError(text + f"; mbd run {name} --parameters lists all" * bool(unknown)) from None
+    return given
 
 def _execute(name, file, given):
     "(what went wrong or '', path of the executed notebook) of one experiment."
@@ -132,7 +148,7 @@ def _train(words):
     "Run an experiment without its notebook, in one process or many."
     os.environ.update({name: value for name, value in _processes().items()})
     from mbd import devices, experiment, schedule, training
-    given = dict(_parameter(*pair) for pair in words.parameter)
+    given = _given(words, words.experiment)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: devices.accelerator(given.get("device") or settings.load().device)          # the processes find each other
     run = experiment.start(words.experiment, given)
     try: record = schedule.Schedule(run).carry_out()
@@ -176,13 +192,14 @@ def _compare(words):
     if not folder.is_dir(): raise UsageError(f"{folder} is no folder; name that of the reports with --reports")
     runs = experiment.read_runs(folder)
     text = f"{compare.tables(runs)}\n\n## Runs on the same videos\n\n{compare.paired_table([r for r in runs if r['status'] == 'complete'])}\n\n## Claims\n\n{compare.claims(folder)}\n"
-    if words.output: experiment.write_atomic(words.output, lambda file: file.write(text.encode()))
+    if words.output: Path(words.output).parent.mkdir(parents=True, exist_ok=True); experiment.write_atomic(words.output, lambda file: file.write(text.encode()))
     print(text)
 
 # %% ../nbs/17_cli.ipynb #9fc0f313
 def _bench_data(words):
     "Clips a second by decoder, codec, key frames, workers and length."
     from mbd import throughput
+    if words.real and not Path(words.real).is_dir(): raise UsageError(f"--real {words.real} is no folder; name one with videos")
     few = dict(codecs=("H.264",), lengths=(16,), workers=0) if words.quick else {}
     command = f"mbd bench data{' --quick' * words.quick} --rounds {words.rounds}" + " --real FOLDER" * bool(words.real)
     print(throughput.data_table(words.output, real=words.real, rounds=words.rounds, command=command, progress=_bar("measuring", "lines"), **few))
@@ -224,9 +241,25 @@ def _shard(text):
     if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)): raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 0 <= i < n, such as 0/8")
     return int(i), int(n)
 
-def _dataset(text):
-    if text not in _NAMES: raise argparse.ArgumentTypeError(f"data set {text!r} is unknown; {settings.nearest(text, _NAMES)}")
-    return text
+def _one_of(kind, names):
+    "A type of argparse: one of these names."
+    def named(text):
+        if text not in names: raise argparse.ArgumentTypeError(f"{kind} {text!r} is unknown; {settings.nearest(text, names)}")
+        return text
+    return named
+
+_dataset = _one_of("data set", _NAMES)
+
+def _place(text, file=False):
+    "A type of argparse: a folder, or a file, for results. What is sure to fail is refused before the work, not after it."
+    path = Path(text).expanduser()
+    if file and path.is_dir(): raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    above = next(p for p in (path.parent if file else path, *path.absolute().parents) if p.exists())
+    if not above.is_dir(): raise argparse.ArgumentTypeError(f"{above} is a file, not a folder; choose another place")
+    if not os.access(above, os.W_OK): raise argparse.ArgumentTypeError(f"nothing may be written in {above}; choose another place")
+    return str(path)
+
+def _file(text): return _place(text, file=True)
 
 def _positive(text):
     if not text.isdecimal() or not int(text): raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -242,24 +275,24 @@ def _data_parser(commands):
     def add(name, function, help, dataset=True):
         parser = data.add_parser(name, help=help, description=help[0].upper() + help[1:])
         parser.set_defaults(function=function)
-        if dataset: parser.add_argument("name", type=_dataset, metavar="NAME", help=", ".join(_NAMES))
+        if dataset: parser.add_argument("name", type=_dataset, metavar="NAME", help="data set: " + ", ".join(_NAMES))
         parser.add_argument("--root", metavar="FOLDER", help="folder of the data set (settings.ini says where it is, if not given)")
         return parser
-    data = commands.add_parser("data", help="list, prepare, check or resize a data set").add_subparsers(required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="list, prepare, check or resize a data set", description="Get the videos of a data set and know what one has: prepare fetches, list counts, check decodes, resize copies.").add_subparsers(required=True, metavar="COMMAND")
     listed = add("list", _data_list, "videos found of those the official lists expect", dataset=False)
-    listed.add_argument("name", nargs="*", type=_dataset, metavar="NAME", help=", ".join(_NAMES) + "; all configured ones, if not given")
-    prepare = add("prepare", _data_prepare, "download what may be downloaded, unpack it, put the official lists beside; continues what was begun")
+    listed.add_argument("name", nargs="*", type=_dataset, metavar="NAME", help="data sets: " + ", ".join(_NAMES) + "; all configured ones, if not given")
+    prepare = add("prepare", _data_prepare, "download what may be downloaded, unpack it, put the official lists beside it; continue what was begun")
     prepare.add_argument("--source", metavar="FOLDER", help="files that are downloaded already (ssv2 needs it: its licence asks for a download by hand)")
     prepare.add_argument("--url", metavar="ADDRESS", help="fetch from here instead of the official page")
     prepare.add_argument("--subset", action="append", metavar="NAME", help="kinetics400: train, validation or test; may be repeated")
     prepare.add_argument("--discard", action="store_true", help="remove each downloaded archive once it is unpacked")
     for parser in (listed, prepare): parser.add_argument("--annotations", metavar="FOLDER", help="folder of the official lists, where they lie apart")
     check = add("check", _data_check, "decode every video once; write frames.csv and unreadable.csv, which training reads")
-    check.add_argument("--timeout", type=_positive, default=60, metavar="SECONDS", help="for one video (default %(default)s)")
-    check.add_argument("--output", metavar="FOLDER", help="folder of the two tables (the data set's own, if not given)")
+    check.add_argument("--timeout", type=_positive, default=60, metavar="SECONDS", help="for one video; what takes longer is unreadable (default %(default)s)")
+    check.add_argument("--output", type=_place, metavar="FOLDER", help="folder of the two tables (the data set's own, if not given)")
     check.add_argument("--retry", action="store_true", help="ask again about videos that were unreadable before")
     resize = add("resize", _data_resize, "copies with smaller pictures and regular key frames; the originals stay as they are")
-    resize.add_argument("output", metavar="OUTPUT", help="folder of the copies")
+    resize.add_argument("output", type=_place, metavar="OUTPUT", help="folder of the copies")
     resize.add_argument("--short-side", type=_positive, default=256, metavar="PIXELS", help="of the copies, even; smaller videos keep their size (default %(default)s)")
     resize.add_argument("--keyframes", type=_positive, default=24, metavar="FRAMES", help="at most so many from one key frame to the next, 12 to 48 (default %(default)s)")
     resize.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do only the I-th of N parts, I from 0")
@@ -270,17 +303,17 @@ def _features_parser(commands):
     "The words of `mbd features`."
     stored = commands.add_parser("features", help="store what a frozen backbone makes of every video", description="Store what a frozen backbone makes of every video; continues what was begun. nbs/run_features.ipynb trains on the stores.")
     stored.set_defaults(function=_features)
-    stored.add_argument("name", type=_dataset, metavar="NAME", help=", ".join(_NAMES))
+    stored.add_argument("name", type=_dataset, metavar="NAME", help="data set: " + ", ".join(_NAMES))
     stored.add_argument("--backbone", required=True, metavar="NAME", help="a registered one, such as r2plus1d_18 or mvit_v2_s (chapters 07 and 08)")
     stored.add_argument("--weights", metavar="NAME", help="an entry of its weights, such as kinetics400; fetched on first use (random ones, if not given)")
     stored.add_argument("--file", metavar="FILE", help="read the weights from this file instead")
     stored.add_argument("--protocol", default="1x3", metavar="NxM", help="fixed views of a video, clips x crops (default %(default)s)")
-    stored.add_argument("--augmented", type=_count, default=0, metavar="N", help="augmented views besides, for training (default %(default)s)")
-    stored.add_argument("--subset", default="all", metavar="NAME", help="one official list only (all videos, if not given)")
+    stored.add_argument("--augmented", type=_count, default=0, metavar="N", help="augmented views of each video besides, for training (default %(default)s)")
+    stored.add_argument("--subset", default="all", metavar="NAME", help="videos of one official list only, as train (all videos, if not given)")
     stored.add_argument("--split", type=_positive, default=1, metavar="N", help="split of that list (default %(default)s)")
     stored.add_argument("--root", metavar="FOLDER", help="folder of the data set (settings.ini says where it is, if not given)")
     stored.add_argument("--annotations", metavar="FOLDER", help="folder of the official lists, where they lie apart")
-    stored.add_argument("--output", metavar="FOLDER", help="folder of all stores (default data/features beside settings.ini)")
+    stored.add_argument("--output", type=_place, metavar="FOLDER", help="folder of all stores (default data/features beside settings.ini)")
     stored.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do only the I-th of N parts, I from 0")
     stored.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     stored.add_argument("--batch", type=_positive, default=8, metavar="N", help="clips at once (default %(default)s)")
@@ -292,16 +325,17 @@ def _run_parser(commands):
     "The words of `mbd run`."
     notebook = commands.add_parser("run", help="execute the notebook of an experiment, or of all four benchmarks", description="Execute the notebook of an experiment by papermill; parameters are checked first, and the executed notebook with its HTML goes into the folder of the run. Continues what was begun.")
     notebook.set_defaults(function=_run)
-    notebook.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(BENCHMARKS) + ", features, or all: the four benchmarks one after the other")
-    notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a line of the notebook's parameters; may be repeated")
+    notebook.add_argument("experiment", type=_one_of("experiment", (*BENCHMARKS, "features", "all")), metavar="EXPERIMENT", help=", ".join(BENCHMARKS) + ", features, or all: the four benchmarks one after the other")
+    notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter, as -p preset smoke; may be repeated")
+    notebook.add_argument("--parameters", action="store_true", help="list the parameters with their defaults, meaning and range, and run nothing")
     notebook.add_argument("--preset", dest="parameter", action="append", type=lambda name: ("preset", name), default=argparse.SUPPRESS, metavar="NAME", help="the same as -p preset NAME: smoke, mini or full")
 
 def _train_parser(commands):
     "The words of `mbd train`."
     whole = commands.add_parser("train", help="run an experiment without its notebook", description="Run an experiment without its notebook: what accelerate launch -m mbd.cli train, or srun mbd train, start in several processes. Continues what was begun; the notebook, run with the same parameters, then finds all stages done and draws the figures.")
     whole.set_defaults(function=_train)
-    whole.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(BENCHMARKS))
-    whole.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a line of the notebook's first cell; may be repeated")
+    whole.add_argument("experiment", type=_one_of("experiment", BENCHMARKS), metavar="EXPERIMENT", help=", ".join(BENCHMARKS))
+    whole.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter, as -p preset smoke; may be repeated (mbd run EXPERIMENT --parameters lists them)")
     whole.add_argument("--preset", dest="parameter", action="append", type=lambda name: ("preset", name), default=argparse.SUPPRESS, metavar="NAME", help="the same as -p preset NAME: smoke, mini or full")
 
 # %% ../nbs/17_cli.ipynb #4297211d
@@ -310,7 +344,7 @@ def _compare_parser(commands):
     table = commands.add_parser("compare", help="complete runs beside published numbers", description="Every complete run beside published numbers, by data set, with what is unequal; runs on generated data apart; runs on the same videos by paired tests. Markdown (nbs/compare.ipynb shows it with figures).")
     table.set_defaults(function=_compare)
     table.add_argument("--reports", metavar="FOLDER", help="folder of the run folders (settings.ini says where it is, if not given)")
-    table.add_argument("--output", metavar="FILE", help="write it here too")
+    table.add_argument("--output", type=_file, metavar="FILE", help="write the tables here too (Markdown)")
 
 def _analyse_parser(commands):
     "The words of `mbd analyse`."
@@ -318,14 +352,26 @@ def _analyse_parser(commands):
     two.set_defaults(function=_analyse)
     two.add_argument("first", metavar="A", help="file of the first model, or of both (as a run's predictions.npz)")
     two.add_argument("second", nargs="?", metavar="B", help="file of the second model; the same videos in any order")
-    two.add_argument("--output", default="analysis", metavar="FOLDER", help="report.html, figures, tables and result.json (default %(default)s)")
-    for side in "ab": two.add_argument(f"--name-{side}", metavar="NAME", help=f"of model {side.upper()} (its file's, if not given)")
-    two.add_argument("--part", default="test", metavar="PART", help="rows taken of a file with a column `part`; all: every row (default %(default)s)")
-    two.add_argument("--folds", type=_positive, default=5, metavar="N", help="of the cross-fitting, 2 or more (default %(default)s)")
+    two.add_argument("--output", type=_place, default="analysis", metavar="FOLDER", help="report.html, figures, tables and result.json (default %(default)s)")
+    for side in "ab": two.add_argument(f"--name-{side}", metavar="NAME", help=f"name of model {side.upper()} in the report (that of its file, if not given)")
+    two.add_argument("--part", default="test", metavar="PART", help="rows to take, where a file has a column `part`; all: every row (default %(default)s)")
+    two.add_argument("--folds", type=_positive, default=5, metavar="N", help="parts of the cross-fitting, 2 or more (default %(default)s)")
     two.add_argument("--seed", type=_count, default=0, metavar="N", help="of folds, samples and resamples (default %(default)s)")
-    for side in "ab": two.add_argument(f"--cost-{side}", type=float, metavar="GFLOPS", help=f"of model {side.upper()} on one video, for the early-exit curve")
+    for side in "ab": two.add_argument(f"--cost-{side}", type=float, metavar="GFLOPS", help=f"cost of model {side.upper()} on one video; with both costs the report has an early-exit curve")
     two.add_argument("--most", type=_positive, default=20_000, metavar="N", help="videos a temperature or a fusion is fitted on, at most (default %(default)s)")
     two.add_argument("--every-video", action="store_true", help="write videos.csv for more than 200,000 videos, too")
+
+# %% ../nbs/17_cli.ipynb #5b8c1e07
+class _Parser(argparse.ArgumentParser):
+    "A parser whose errors are one line and name the help that helps."
+    def error(self, message):
+        message = message.replace("expected 2 arguments", "expected a name and a value, as -p preset smoke")
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown: self.error(f"unknown: {' '.join(unknown)}")
+        return found, unknown
 
 # %% ../nbs/17_cli.ipynb #e3a52e30
 def _speed_parser(bench):
@@ -336,12 +382,12 @@ def _speed_parser(bench):
     whole = bench.add_parser("train", help="a training step of MBD beside its two streams alone", description="Seconds and memory of a training step of MBD beside its two streams trained alone and its teachers' forward passes; each in a process of its own (chapter 14)")
     whole.add_argument("--batch", type=_positive, default=4, metavar="N", help="videos in a step, 3 or more (default %(default)s)")
     whole.add_argument("--variant", action="append", metavar="NAME", help="plain, compile, channels_last, checkpointing or math_attention, or several joined by +; may be repeated (plain, if not given)")
-    whole.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read the film (default %(default)s)")
-    whole.add_argument("--epochs", type=_positive, default=30, metavar="N", help="of the projected hours (default %(default)s)")
+    whole.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read the videos (default %(default)s)")
+    whole.add_argument("--epochs", type=_positive, default=30, metavar="N", help="epochs of the training whose hours are projected (default %(default)s)")
     for what, some, function in (("inference", answers, _bench_inference), ("train", whole, _bench_train)):
-        some.add_argument("--output", metavar="FILE", help="write the table here too (Markdown)")
-        some.add_argument("--pair", action="append", metavar="DATASET/NAME", help="as ucf101/pretrained (chapter 12); may be repeated (the default pair of each data set, if not given)")
-        some.add_argument("--rounds", type=_positive, default=5, metavar="N", help="in which all take their turn (default %(default)s)")
+        some.add_argument("--output", type=_file, metavar="FILE", help="write the table here too (Markdown)")
+        some.add_argument("--pair", action="append", metavar="DATASET/NAME", help="pair of streams, as ucf101/pretrained (chapter 12); may be repeated (the default pair of each data set, if not given)")
+        some.add_argument("--rounds", type=_positive, default=5, metavar="N", help="measurements, in each of which everything takes its turn (default %(default)s)")
         some.add_argument("--precision", choices=("float32", "bfloat16"), help="of the forward pass (bfloat16 on CUDA, else float32, if not given)")
         some.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
         some.set_defaults(function=function, what=what)
@@ -349,8 +395,9 @@ def _speed_parser(bench):
 # %% ../nbs/17_cli.ipynb #eb96f357
 def parser():
     "The parser of the whole command."
-    top = argparse.ArgumentParser("mbd", description="Multi-layer Bidirectional Distillation for action recognition: the kit's command line. The book is in nbs/.",
-                                  epilog="Folders come from settings.ini (or MBD_SETTINGS, MBD_DATA_UCF101, ...). MBD_TRACEBACK=1 shows where an error comes from.")
+    top = _Parser("mbd", description="Action recognition by Multi-layer Bidirectional Distillation: the kit's command line. `mbd COMMAND --help` explains a command; the book is in nbs/.",
+                  epilog="To begin: mbd run ucf101 (generated videos, about ten minutes), then mbd compare. Folders come from settings.ini (or MBD_SETTINGS, MBD_DATA_UCF101, ...). MBD_TRACEBACK=1 shows where an error comes from.")
+    top.add_argument("--version", action="version", version=f"mbd {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _data_parser(commands)
     _features_parser(commands)
@@ -358,28 +405,42 @@ def parser():
     _train_parser(commands)
     _analyse_parser(commands)
     _compare_parser(commands)
-    bench = commands.add_parser("bench", help="measure speed on this machine").add_subparsers(required=True, metavar="WHAT")
+    bench = commands.add_parser("bench", help="measure speed on this machine", description="Measure speed on this machine; every table names the command that made it.").add_subparsers(required=True, metavar="WHAT")
     data = bench.add_parser("data", help="clips a second: reading and transforms", description="Clips a second: reading and transforms, by decoder, codec, key frames, workers and clip length")
-    data.add_argument("--output", metavar="FILE", help="write the table here too (Markdown)")
+    data.add_argument("--output", type=_file, metavar="FILE", help="write the table here too (Markdown)")
     data.add_argument("--real", metavar="FOLDER", help="measure the videos in this folder too")
     data.add_argument("--rounds", type=_positive, default=7, metavar="N", help="how often each reader takes its turn (default %(default)s)")
     data.add_argument("--quick", action="store_true", help="only H.264, clips of 16 frames, one process")
     data.set_defaults(function=_bench_data)
     steps = bench.add_parser("pairs", help="one training step of every pair of streams", description="Seconds and memory of one training step of every pair of streams (chapter 12)")
-    steps.add_argument("--output", metavar="FILE", help="write the table here too (Markdown)")
+    steps.add_argument("--output", type=_file, metavar="FILE", help="write the table here too (Markdown)")
     steps.add_argument("--batch", type=_positive, default=2, metavar="N", help="videos in a step (default %(default)s)")
     steps.add_argument("--rounds", type=_positive, default=3, metavar="N", help="steps that are timed (default %(default)s)")
     steps.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     steps.set_defaults(function=_bench_pairs)
     _speed_parser(bench)
     door = bench.add_parser("features", help="the schedule on generated features of UCF101's size", description="The schedule on GENERATED features of UCF101's size, 3 splits: time and spread; continues what was begun")
-    door.add_argument("folder", metavar="FOLDER", help="where generated features and the table of runs are made, or found")
-    door.add_argument("--seeds", type=_positive, default=20, metavar="N", help="on each split (default %(default)s)")
+    door.add_argument("folder", type=_place, metavar="FOLDER", help="where generated features and the table of runs are made, or found")
+    door.add_argument("--seeds", type=_positive, default=20, metavar="N", help="runs on each split (default %(default)s)")
     door.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do only the I-th of N parts of the runs, I from 0")
     door.set_defaults(function=_bench_features)
     return top
 
 # %% ../nbs/17_cli.ipynb #205ab7b6
+_CONTINUE = (_data_prepare, _data_check, _data_resize, _features, _run, _train, _bench_features)
+_REMEDIES = {PermissionError: "choose another place, or change its rights", FileExistsError: "a file is in the way; choose another place", NotADirectoryError: "a file is in the way; choose another place",
+             IsADirectoryError: "name a file in it", FileNotFoundError: "see how it is written"}
+_OPTIONS = {"annotations=...": "--annotations FOLDER", "source=...": "--source FOLDER", "urls=...": "--url ADDRESS", "output=": "--output"}
+
+def _line(error):
+    "What went wrong and what to do about it in one line, with the words of the command line."
+    text = "; ".join(filter(None, map(str.strip, str(error).splitlines()))) or type(error).__name__
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename2 or error.filename}: {error.strerror}; {_REMEDIES.get(type(error), 'make room, or choose another place')}"
+    if isinstance(error, ImportError): text += "; install the kit with all it needs: pip install -e . in its folder"
+    for name, option in _OPTIONS.items(): text = text.replace(name, option)
+    return text if isinstance(error, (UsageError, ValueError, OSError, ImportError)) or type(error).__module__.startswith("mbd.") else f"{type(error).__name__}: {text}; MBD_TRACEBACK=1 shows where"
+
 def main(
     words=None, # list of str; the command line's by default
 ) -> int: # exit status
@@ -387,15 +448,14 @@ def main(
     asked = parser().parse_args(words)
     try: return asked.function(asked) or 0
     except KeyboardInterrupt:
-        print("mbd: stopped; the same command continues where it was", file=sys.stderr)
+        print("mbd: stopped; the same command " + ("continues where it was" if asked.function in _CONTINUE else "begins anew"), file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if os.environ.get("MBD_TRACEBACK"): raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"mbd: {text}" if isinstance(error, (UsageError, ValueError, OSError)) or type(error).__module__.startswith("mbd.") else f"mbd: {type(error).__name__}: {text}", file=sys.stderr)
+        print(f"mbd: {_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, ValueError)) else 1
     return 0
 

@@ -8,8 +8,9 @@ __all__ = ['TEACHING', 'RECIPE', 'COMMON', 'PRESETS', 'EXPERIMENTS', 'FEATURES',
            'nearest', 'find_experiment', 'check_parameters', 'given_parameters', 'parameters_cell', 'check_notebook',
            'resolve', 'write_atomic', 'RecordError', 'plain', 'write_json', 'process_start', 'effective_status',
            'commit', 'code', 'versions', 'hardware', 'peak_memory_gib', 'seconds_in_words', 'check_record',
-           'new_folder', 'RunFolder', 'load_predictions', 'Run', 'unfinished', 'start', 'read_runs', 'comparable',
-           'summary', 'model_cost', 'training_flops', 'subset', 'count_parts', 'progress_mode', 'Progress']
+           'new_folder', 'RunFolder', 'load_predictions', 'Run', 'unfinished', 'parameters_of', 'start', 'read_runs',
+           'comparable', 'summary', 'model_cost', 'training_flops', 'subset', 'count_parts', 'progress_mode',
+           'Progress']
 
 # %% ../nbs/16_experiment.ipynb #a1f6cfa2
 import ast
@@ -954,6 +955,23 @@ def unfinished(
     return None, passed
 
 
+def parameters_of(
+    experiment,  # name of the experiment, or an Experiment
+    given: dict,  # name -> value
+    settings=None,  # mbd.settings.Settings; None: load them
+) -> tuple:
+    "All values of a run as a namespace, in words why preset and data were chosen, and the settings in force. Raises ParameterError; nothing is written."
+    values = check_parameters(given, experiment)
+    if settings is None:
+        from mbd import settings as kit
+
+        try:
+            settings = kit.load(**{n: values[n] for n in ("device", "precision", "workers", "reports") if values.get(n) is not None})
+        except ValueError as error:
+            raise ParameterError(str(error)) from None
+    return *resolve(values, experiment, settings), settings
+
+
 def start(
     experiment,  # name of the experiment, or an Experiment
     namespace: dict,  # globals() of the notebook; in a script, a dict of parameters
@@ -964,15 +982,7 @@ def start(
     Raises ParameterError before anything is written."""
     experiment = find_experiment(experiment)
     given = given_parameters(namespace, experiment)
-    values = check_parameters(given, experiment)
-    if settings is None:
-        from mbd import settings as kit
-
-        try:
-            settings = kit.load(**{n: values[n] for n in ("device", "precision", "workers", "reports") if values.get(n) is not None})
-        except ValueError as error:
-            raise ParameterError(str(error)) from None
-    parameters, why = resolve(values, experiment, settings)
+    parameters, why, settings = parameters_of(experiment, given, settings)
     parent = Path(parameters.reports) / (experiment.name + ("-generated" if parameters.data == "generated" else ""))
     main, folder, earlier, passed = devices.processes()[0] == 0, None, None, ""
     if getattr(parameters, "deterministic", False):

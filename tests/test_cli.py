@@ -68,13 +68,54 @@ def test_resize_by_shards(ucf, tmp_path, capsys):
     (["data", "check", "ucf101", "--workers", "0"], 2, "above 0"),
     (["data", "prepare", "ssv2", "--root", "ssv2"], None, "source"),
     (["data", "resize", "ucf101", "out", "--root", "gone"], 1, "gone"),
+    ([], 2, "mbd --help"), (["dta"], 2, "'data'"), (["data", "lst"], 2, "see mbd data --help"), (["data", "list", "ucf101", "--rot", "x"], 2, "see mbd data list --help"), (["compare", "x"], 2, "mbd compare: unknown: x"),
+    (["data", "list", "ucf101", "--root", "file"], 1, "--root file is no folder"),
+    (["data", "list", "ucf101", "--root", "empty"], 1, "--annotations FOLDER"),
+    (["data", "check", "ucf101", "--root", "empty"], 2, "no video below empty"), (["data", "resize", "ucf101", "out", "--root", "empty"], 2, "no video below empty"),
+    (["data", "check", "ucf101", "--root", "empty", "--output", "file"], 2, "file is a file"), (["data", "resize", "ucf101", "file/out", "--root", "empty"], 2, "file is a file"),
+    (["data", "prepare", "ucf101", "--root", "new", "--url", "ftp://x"], 1, "--url ADDRESS"), (["data", "prepare", "ucf101", "--subset", "train", "--root", "new"], 2, "leave it out"),
+    (["features", "ucf101"], 2, "--backbone"), (["features", "ucf101", "--backbone", "hand_cnn", "--output", "file"], 2, "file is a file"),
+    (["run", "ucf11"], 2, "did you mean 'ucf101'"), (["run", "ucf101", "-p", "preset=smoke"], 2, "a name and a value, as -p preset smoke"), (["run", "ucf101", "--preset", "smoke"], 2, "see mbd run --help"),
+    (["run", "ucf101", "-p", "pressed", "smoke"], 2, "did you mean 'preset'?; mbd run ucf101 --parameters lists all"), (["run", "ucf101", "-p", "preset", "smok"], 2, "did you mean 'smoke'"),
+    (["run", "all", "-p", "data", "real"], 2, "no folder is configured for ucf101"), (["run", "ucf101", "-p", "local_weights", "gone.pth"], 2, "no such file"),
+    (["run", "ucf101", "-p", "preset", "smoke", "-p", "reports", "file"], 1, "file: File exists; a file is in the way; choose another place"),
+    (["train", "features"], 2, "valid: ucf101"), (["train", "ucf101", "-p", "seed", "-1"], 2, "out of range"), (["train", "ucf101", "-p", "preset", "smoke", "-p", "reports", "file"], 1, "choose another place"),
+    (["compare", "--reports", "gone"], 2, "--reports"), (["compare", "--output", "empty"], 2, "name a file in it"),
+    (["analyse", "a.npz", "b.npz", "--output", "file"], 2, "file is a file"),
+    (["bench", "data", "--real", "gone"], 2, "gone is no folder"), (["bench", "train", "--output", "file/table.md"], 2, "file is a file"), (["bench", "features", "file"], 2, "file is a file"),
 ])
-def test_errors_are_short_and_the_status_tells(words, status, said, capsys):
+def test_errors_are_one_line_and_the_status_tells(words, status, said, capsys, tmp_path):
+    (tmp_path / "file").write_text("no folder"); (tmp_path / "empty").mkdir()
     try: ended = cli.main(words)
     except SystemExit as error: ended = error.code
     err = capsys.readouterr().err
-    assert said in err and "Traceback" not in err and "mbd" in err
+    assert said in err and err.startswith("mbd") and err.count("\n") == 1 and len(err) < 400
     assert ended == status if status is not None else ended in (1, 2)
+    assert not (tmp_path / "reports").exists() or not list((tmp_path / "reports").iterdir())      # nothing is left behind that began
+
+
+@pytest.mark.parametrize("text, said", [("[data]\nucf101 = a\nucf101 = b\n", "already exists"), ("[data]\nucf11 = a\n", "did you mean 'ucf101'"), ("[run]\ndevice = gpu\n", "did you mean 'cpu'"), ("[dat]\nucf101 = a\n[run]\n", "did you mean 'data'"), (b"[data]\nucf101 = \xff\n", "cannot be read")])
+def test_settings_that_cannot_be_read_are_named(text, said, tmp_path, capsys):
+    (tmp_path / "settings.ini").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert cli.main(["data", "list"]) == 2
+    err = capsys.readouterr().err
+    assert "settings.ini" in err and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (PermissionError(13, "Permission denied", "reports"), 1, "mbd: reports: Permission denied; choose another place, or change its rights\n"), (OSError(28, "No space left on device", "a.csv"), 1, "mbd: a.csv: No space left on device; make room, or choose another place\n"),
+    (OSError(28, "the tables cannot be written; make room"), 1, "mbd: the tables cannot be written; make room\n"), (ModuleNotFoundError("No module named 'av'"), 1, "mbd: No module named 'av'; install the kit with all it needs: pip install -e . in its folder\n"),
+    (RuntimeError("first\n\nsecond"), 1, "mbd: RuntimeError: first; second; MBD_TRACEBACK=1 shows where\n"), (ValueError(""), 2, "mbd: ValueError\n")])
+def test_what_goes_wrong_inside_is_one_line_too(error, status, said, monkeypatch, capsys, ucf):
+    def fail(*_, **__): raise error
+    monkeypatch.setattr("mbd.scanning.check", fail)
+    assert cli.main(["data", "check", "ucf101", "--root", str(ucf)]) == status and capsys.readouterr().err == said
+
+
+def test_the_parameters_of_an_experiment_are_listed(capsys):
+    assert cli.main(["run", "ucf101", "--parameters"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# ucf101\npreset = 'auto'  # size of the run") and "\nworkers = None" in out and not Path("reports").exists()
 
 
 def test_a_traceback_on_request(monkeypatch):
@@ -86,6 +127,8 @@ def test_stopped_by_hand(monkeypatch, capsys, ucf):
     def stop(*_, **__): raise KeyboardInterrupt
     monkeypatch.setattr("mbd.scanning.check", stop)
     assert cli.main(["data", "check", "ucf101", "--root", str(ucf)]) == 130 and "continues" in capsys.readouterr().err
+    monkeypatch.setattr("mbd.analyse.analyse", stop)
+    assert cli.main(["analyse", "a.npz"]) == 130 and "begins anew" in capsys.readouterr().err
 
 
 def test_prepare_hands_the_words_on(monkeypatch, capsys, tmp_path):
@@ -101,7 +144,7 @@ def test_prepare_hands_the_words_on(monkeypatch, capsys, tmp_path):
     assert asked["urls"] == "https://other.example.org" and asked["keep"] is True and "3 videos" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["bench"], ["bench", "data"], ["bench", "inference"], ["bench", "train"]])
+@pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["features"], ["run"], ["train"], ["analyse"], ["compare"], ["bench"], ["bench", "data"], ["bench", "pairs"], ["bench", "inference"], ["bench", "train"], ["bench", "features"]])
 def test_help_of_everything(words, capsys):
     with pytest.raises(SystemExit) as ended: cli.main([*words, "--help"])
     assert ended.value.code == 0 and capsys.readouterr().out.startswith("usage: mbd")
