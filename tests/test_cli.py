@@ -75,7 +75,7 @@ def test_resize_by_shards(ucf, tmp_path, capsys):
     (["data", "check", "ucf101", "--root", "empty", "--output", "file"], 2, "file is a file"), (["data", "resize", "ucf101", "file/out", "--root", "empty"], 2, "file is a file"),
     (["data", "prepare", "ucf101", "--root", "new", "--url", "ftp://x"], 1, "--url ADDRESS"), (["data", "prepare", "ucf101", "--subset", "train", "--root", "new"], 2, "leave it out"),
     (["features", "ucf101"], 2, "--backbone"), (["features", "ucf101", "--backbone", "hand_cnn", "--output", "file"], 2, "file is a file"),
-    (["run", "ucf11"], 2, "did you mean 'ucf101'"), (["run", "ucf101", "-p", "preset=smoke"], 2, "a name and a value, as -p preset smoke"), (["run", "ucf101", "--preset", "smoke"], 2, "see mbd run --help"),
+    (["run", "ucf11"], 2, "did you mean 'ucf101'"), (["run", "ucf101", "-p", "preset=smoke"], 2, "a name and a value, as -p preset smoke"), (["run", "ucf101", "--size", "smoke"], 2, "see mbd run --help"),
     (["run", "ucf101", "-p", "pressed", "smoke"], 2, "did you mean 'preset'?; mbd run ucf101 --parameters lists all"), (["run", "ucf101", "-p", "preset", "smok"], 2, "did you mean 'smoke'"),
     (["run", "all", "-p", "data", "real"], 2, "no folder is configured for ucf101"), (["run", "ucf101", "-p", "local_weights", "gone.pth"], 2, "no such file"),
     (["run", "ucf101", "-p", "preset", "smoke", "-p", "reports", "file"], 1, "file: File exists; a file is in the way; choose another place"),
