@@ -1,5 +1,6 @@
 "Studies: tables that survive, contrasts over seeds, verdicts, and the arms of the distillation studies."
 from dataclasses import replace
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -176,3 +177,23 @@ def test_arms_differ_and_the_same_arm_gives_the_same_row(world):
 
 def test_too_many_labels_are_refused(world):
     with pytest.raises(ValueError, match="labelled = 9.*8 sources"): World(replace(TINY, labelled=9), 3, world.folder)
+
+
+def test_readme_shows_the_claims_as_the_committed_cells_decide_them():
+    root = Path(__file__).parents[1]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- claims -->\n")[2].partition("\n<!-- end of claims -->")[0]
+    assert shown == claims_table(read_claims(root / "reports/claims.toml"), root / "reports", "reports/")
+
+
+def test_claims_that_are_committed_name_studies_settings_and_arms_that_exist():
+    root = Path(__file__).parents[1]
+    for claim in read_claims(root / "reports/claims.toml"):
+        if claim.study == "study_fusion":
+            assert claim.where["setting"] in study.DAMAGE
+            continue
+        known = study.STUDIES[claim.study]
+        controls = claim.controls if isinstance(claim.controls, list) else []
+        names = known.arms if claim.by == "arm" else known.settings
+        assert {claim.arm, *controls} <= set(names) and set(claim.where) <= {"setting", "arm"}
+        assert claim.where.get("setting", next(iter(known.settings))) in known.settings and claim.where.get("arm", next(iter(known.arms))) in known.arms
