@@ -240,7 +240,7 @@ def gradient_activation(
     stream, # any stream; left in the mode it was in
     clip, # (B, 3, T, H, W)
     target, # index of a class, or (B,) indices
-    stage=None, # name of the map; None: the last one that the answer depends on
+    stage=None, # name of the map; None: the last but one
 ) -> tuple: # (B, T', H', W') evidence for the class, 0 where there is none; the stage's name
     "Gradient times activation on a stage's map, its positive part. Raises ValueError for a stage that is unknown or that the answer does not depend on."
     training_mode, clip = stream.training, clip.detach().clone().requires_grad_()
@@ -249,14 +249,15 @@ def gradient_activation(
             output = stream.eval()(clip)
             index = torch.as_tensor(target, device=clip.device).expand(len(clip))
             logit = output.logits.gather(1, index[:, None]).sum()
-            if stage is not None and stage not in output.stages: raise ValueError(f"the stream has no stage {stage!r}; {settings.nearest(stage, list(output.stages))}")
-            for name in [stage] if stage else reversed(output.stages):
-                found = _gradient(logit, output.stages[name])
-                if found is not None and found.any(): return (output.stages[name].detach()*found).sum(1).relu(), name
+            names = list(output.stages)
+            if stage is not None and stage not in names: raise ValueError(f"the stream has no stage {stage!r}; {settings.nearest(stage, names)}")
+            name = stage or names[max(0, len(names) - 2)]
+            found = _gradient(logit, output.stages[name])
     finally: stream.train(training_mode)
-    raise ValueError(f"the answer depends on {'stage ' + repr(stage) if stage else 'none of the stages'}{' not at all' if stage else ''}: choose an earlier one")
+    if found is None or not found.any(): raise ValueError(f"the answer does not depend on stage {name!r}; choose another of {', '.join(names)}")
+    return (output.stages[name].detach()*found).sum(1).relu(), name
 
-# %% ../nbs/15_prediction.ipynb #15a00047
+# %% ../nbs/15_prediction.ipynb #15a00049
 @dataclass(eq=False)
 class Evidence:
     "Where both streams found what speaks for a class, in one window of a video."
@@ -274,7 +275,7 @@ def _at_times(evidence, index, wanted):
     flat = evidence.reshape(cells, -1)
     return np.stack([np.interp(wanted, centre, column) for column in flat.T], 1).reshape(-1, *evidence.shape[1:])/max(evidence.max(), 1e-12)
 
-# %% ../nbs/15_prediction.ipynb #15a00049
+# %% ../nbs/15_prediction.ipynb #15a0004b
 def explain(
     video_file, # path of a video
     model, # an MBD
@@ -301,7 +302,7 @@ def explain(
     maps = [_at_times(r[0].float().cpu().numpy(), index, wanted) for (r, _), index in zip(found, times)]
     return Evidence(model.classes[k], (window.begin + wanted)/rate, frames, *maps, tuple(name for _, name in found))
 
-# %% ../nbs/15_prediction.ipynb #15a0004e
+# %% ../nbs/15_prediction.ipynb #15a00050
 @torch.no_grad()
 def attention_rollout(
     stream, # a `GlobalStream`: every token reads every other
@@ -319,7 +320,7 @@ def attention_rollout(
     for a in attentions: rolled = (a + torch.eye(a.shape[-1], device=a.device))/2 @ rolled
     return rolled.mean(1).unflatten(1, shape)
 
-# %% ../nbs/15_prediction.ipynb #15a00052
+# %% ../nbs/15_prediction.ipynb #15a00054
 def kinetics_classes() -> list: # 400 names
     "Kinetics-400's classes in the order of torchvision's weights."
     from torchvision.models import video as models
@@ -341,7 +342,7 @@ def pretrained_model(
     model.about = {"data": {"name": "kinetics400", "trained by": "torchvision"}}
     return model
 
-# %% ../nbs/15_prediction.ipynb #15a00057
+# %% ../nbs/15_prediction.ipynb #15a00059
 def find_model(
     folder=None, # a checkpoint, or the folder of a run; None: the newest complete run in the reports
     reports=None, # folder of the reports; None: as in settings.ini
@@ -356,7 +357,7 @@ def find_model(
     if not made: raise FileNotFoundError(f"no complete run with a model in {reports}: give a model's folder, make one (mbd run ucf101, or mbd.prediction.demo_model()), or take a pretrained pair (--pair pretrained)")
     return max(made, key=lambda run: str(run.get("ended")))["folder"]/"checkpoints/model"
 
-# %% ../nbs/15_prediction.ipynb #15a0005a
+# %% ../nbs/15_prediction.ipynb #15a0005c
 def save(
     prediction, # a Prediction
     folder, # made if it does not exist
