@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO_CLASSES', 'DEMO_VIDEOS', 'DEMO_DIFFICULTY', 'DEMO_EPOCHS', 'SPREAD', 'demo_model', 'window_length', 'Share',
-           'expected_share', 'Prediction', 'top', 'decided', 'predict', 'describe', 'gradient_activation', 'Evidence',
-           'explain', 'attention_rollout', 'kinetics_classes', 'pretrained_model', 'find_model', 'save']
+           'expected_share', 'Prediction', 'top', 'decided', 'predict', 'describe', 'gradient_activation',
+           'attention_rollout', 'Evidence', 'explain', 'kinetics_classes', 'pretrained_model', 'find_model', 'save']
 
 # %% ../nbs/15_prediction.ipynb #15a00003
 import csv, json, time
@@ -230,34 +230,53 @@ Prediction.describe = Prediction.__str__ = describe
 
 # %% ../nbs/15_prediction.ipynb #15a00040
 def _gradient(logit, features):
-    "Gradient of a number with respect to a feature map, also where the map is only a view of what is computed on."
+    "Gradient of a number with respect to a feature map, also where the map is only a view of what is computed on; None where it does not depend on it."
     base = features._base if features._is_view() else features
     found, = torch.autograd.grad(logit, base, retain_graph=True, allow_unused=True)
     if found is None or base is features: return found
     return torch.empty_strided(base.shape, base.stride(), dtype=found.dtype, device=found.device).copy_(found).as_strided(features.shape, features.stride(), features.storage_offset())
 
+# %% ../nbs/15_prediction.ipynb #15a00043
 def gradient_activation(
     stream, # any stream; left in the mode it was in
     clip, # (B, 3, T, H, W)
     target, # index of a class, or (B,) indices
     stage=None, # name of the map; None: the last but one
-) -> tuple: # (B, T', H', W') evidence for the class, 0 where there is none; the stage's name
-    "Gradient times activation on a stage's map, its positive part. Raises ValueError for a stage that is unknown or that the answer does not depend on."
+) -> tuple: # (B, T', H', W') evidence for the class, 0 for the lower half of a clip's places; the stage's name
+    "Gradient times activation on a stage's map, from the clip's mean activation and above its median place. Raises ValueError for a stage that is unknown or that the answer does not depend on."
     training_mode, clip = stream.training, clip.detach().clone().requires_grad_()
     try:
         with torch.enable_grad():
             output = stream.eval()(clip)
-            index = torch.as_tensor(target, device=clip.device).expand(len(clip))
-            logit = output.logits.gather(1, index[:, None]).sum()
-            names = list(output.stages)
+            index, names = torch.as_tensor(target, device=clip.device).expand(len(clip)), list(output.stages)
             if stage is not None and stage not in names: raise ValueError(f"the stream has no stage {stage!r}; {settings.nearest(stage, names)}")
             name = stage or names[max(0, len(names) - 2)]
-            found = _gradient(logit, output.stages[name])
+            found = _gradient(output.logits.gather(1, index[:, None]).sum(), output.stages[name])
     finally: stream.train(training_mode)
     if found is None or not found.any(): raise ValueError(f"the answer does not depend on stage {name!r}; choose another of {', '.join(names)}")
-    return (output.stages[name].detach()*found).sum(1).relu(), name
+    features = output.stages[name].detach()
+    e = ((features - features.mean((2, 3, 4), keepdim=True))*found).sum(1)
+    return (e - e.flatten(1).median(1).values[:, None, None, None]).relu(), name
 
-# %% ../nbs/15_prediction.ipynb #15a00049
+# %% ../nbs/15_prediction.ipynb #15a00046
+@torch.no_grad()
+def attention_rollout(
+    stream, # a `GlobalStream`: every token reads every other
+    clip, # (B, 3, T, H, W)
+) -> torch.Tensor: # (B, T', H', W'), sums to 1
+    "How much the last tokens are made of each place of the first ones. Raises ValueError for other kinds of networks."
+    if type(stream) is not GlobalStream: raise ValueError(f"attention rollout is for plain ViTs, in which every token reads every other in each block; {getattr(stream, 'backbone', type(stream).__name__)} is none. Use gradient_activation")
+    attentions = []
+    note = lambda block, given: attentions.append(attention_weights(*block.queries_keys_values(given[0])[:2]).mean(1))
+    hooks = [block.register_forward_pre_hook(note) for block in stream.blocks]
+    try: shape = next(reversed(stream(clip).stages.values())).shape[2:]
+    finally:
+        for hook in hooks: hook.remove()
+    rolled = torch.eye(attentions[0].shape[-1], device=clip.device)
+    for a in attentions: rolled = (a + torch.eye(a.shape[-1], device=a.device))/2 @ rolled
+    return rolled.mean(1).unflatten(1, shape)
+
+# %% ../nbs/15_prediction.ipynb #15a0004f
 @dataclass(eq=False)
 class Evidence:
     "Where both streams found what speaks for a class, in one window of a video."
@@ -275,7 +294,7 @@ def _at_times(evidence, index, wanted):
     flat = evidence.reshape(cells, -1)
     return np.stack([np.interp(wanted, centre, column) for column in flat.T], 1).reshape(-1, *evidence.shape[1:])/max(evidence.max(), 1e-12)
 
-# %% ../nbs/15_prediction.ipynb #15a0004b
+# %% ../nbs/15_prediction.ipynb #15a00051
 def explain(
     video_file, # path of a video
     model, # an MBD
@@ -302,25 +321,7 @@ def explain(
     maps = [_at_times(r[0].float().cpu().numpy(), index, wanted) for (r, _), index in zip(found, times)]
     return Evidence(model.classes[k], (window.begin + wanted)/rate, frames, *maps, tuple(name for _, name in found))
 
-# %% ../nbs/15_prediction.ipynb #15a00050
-@torch.no_grad()
-def attention_rollout(
-    stream, # a `GlobalStream`: every token reads every other
-    clip, # (B, 3, T, H, W)
-) -> torch.Tensor: # (B, T', H', W'), sums to 1
-    "How much the last tokens are made of each place of the first ones. Raises ValueError for other kinds of networks."
-    if type(stream) is not GlobalStream: raise ValueError(f"attention rollout is for plain ViTs, in which every token reads every other in each block; {getattr(stream, 'backbone', type(stream).__name__)} is none. Use gradient_activation")
-    attentions = []
-    note = lambda block, given: attentions.append(attention_weights(*block.queries_keys_values(given[0])[:2]).mean(1))
-    hooks = [block.register_forward_pre_hook(note) for block in stream.blocks]
-    try: shape = next(reversed(stream(clip).stages.values())).shape[2:]
-    finally:
-        for hook in hooks: hook.remove()
-    rolled = torch.eye(attentions[0].shape[-1], device=clip.device)
-    for a in attentions: rolled = (a + torch.eye(a.shape[-1], device=a.device))/2 @ rolled
-    return rolled.mean(1).unflatten(1, shape)
-
-# %% ../nbs/15_prediction.ipynb #15a00054
+# %% ../nbs/15_prediction.ipynb #15a00057
 def kinetics_classes() -> list: # 400 names
     "Kinetics-400's classes in the order of torchvision's weights."
     from torchvision.models import video as models
@@ -342,7 +343,7 @@ def pretrained_model(
     model.about = {"data": {"name": "kinetics400", "trained by": "torchvision"}}
     return model
 
-# %% ../nbs/15_prediction.ipynb #15a00059
+# %% ../nbs/15_prediction.ipynb #15a0005c
 def find_model(
     folder=None, # a checkpoint, or the folder of a run; None: the newest complete run in the reports
     reports=None, # folder of the reports; None: as in settings.ini
@@ -357,7 +358,7 @@ def find_model(
     if not made: raise FileNotFoundError(f"no complete run with a model in {reports}: give a model's folder, make one (mbd run ucf101, or mbd.prediction.demo_model()), or take a pretrained pair (--pair pretrained)")
     return max(made, key=lambda run: str(run.get("ended")))["folder"]/"checkpoints/model"
 
-# %% ../nbs/15_prediction.ipynb #15a0005c
+# %% ../nbs/15_prediction.ipynb #15a0005f
 def save(
     prediction, # a Prediction
     folder, # made if it does not exist
