@@ -115,7 +115,7 @@ def model_card(
     weights="", # name of the file this card belongs to
 ) -> str: # Markdown, with the header that the hub reads
     "What a model is, what it was trained and tested on, what came out, and what not to expect: README.md of its folder."
-    view = lambda v: f"{v.frames} frames of {v.size} px, " + (f"{1/v.seconds:g} a second" if v.seconds else f"every {v.stride}." if v.sampling == "dense" else "spread over the video" if v.sampling == "segments" else "spread over the other's stretch")
+    view = lambda v: f"{v.frames} frames of {v.size} px, " + (f"{1/v.seconds:g} a second" if v.seconds else f"one frame in {v.stride}" if v.sampling == "dense" else "spread over the video" if v.sampling == "segments" else "spread over the other's stretch")
     streams = [f"| {name} | {getattr(s, 'backbone', type(s).__name__)} | {sum(p.numel() for p in s.parameters())/1e6:.2f} | {view(v)} | {_words(', '.join(sorted(getattr(s, 'seen', ()))) or 'nothing')} |" for name, s, v in (("local", model.local, model.local_view), ("global", model.global_, model.global_view))]
     groups = "not measured" if model.map is None else ", ".join(f"{model.map.group.count(g)} classes {g}" for g in dict.fromkeys(model.map.group)) + f"; {int(model.map.n.sum())} videos of {int(model.map.num_sources.sum())} sources"
     shown = ", ".join(map(_words, model.classes[:20])) + (f" and {len(model.classes) - 20} more (config.json)" if len(model.classes) > 20 else "")

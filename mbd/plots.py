@@ -405,8 +405,8 @@ def evidence_strip(
     for values, colour, line, name in zip(maps, (LOCAL, GLOBAL), ("-", "--"), ("local", "global")):
         when = values.mean((1, 2))
         a.plot(seconds, when / max(when.max(), 1e-12), line, color=colour, marker=".", label=name)
-    a.set(xlabel="time (s)", ylabel="evidence", ylim=(0, 1.08))
-    a.legend(loc="lower right", ncols=2)
+    a.set(xlabel="time (s)", ylabel="evidence", ylim=(0, 1.6), yticks=(0, 1))
+    a.legend(loc="upper right", ncols=2)
     if title:
         figure.suptitle(title, fontsize=10)
     if banner:

@@ -151,7 +151,7 @@ def _notes(model, problem, missing):
     "What a reader of the answer should know; `missing`: frames that the video lacks to one window."
     data = model.about.get("data")
     if problem: yield f"the file is damaged, and only what decodes was looked at: {problem}"
-    if missing: yield f"the video is {missing} frames shorter than what the model looks at: its last frame was held"
+    if missing: yield f"the video is {missing} frame{'s' if missing > 1 else ''} shorter than what the model looks at: its last frame was held"
     if isinstance(data, dict) and data.get("name") == "miniactions": yield "the model was trained on generated figure videos: of a real video its answer means nothing"
     if bool((model.temperature == 1).all()): yield "probabilities are not calibrated: read them as an order"
     yield f"the model knows {len(model.classes)} classes; a video of something else gets one of them all the same"
@@ -365,15 +365,17 @@ def save(
     evidence=None, # an Evidence: its figure and that of the answer, on its frames
 ) -> list: # paths of what was written
     "Write prediction.json, timeline.csv and figures."
+    import matplotlib
     from mbd import plots
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     banner = next(("model trained on generated data" for note in prediction.notes if "generated figure" in note), None)
-    figures = {"share": plots.share_gauge(prediction.share, prediction.reference, banner=banner)}
-    if len(prediction.begin) > 1: figures["timeline"] = plots.timeline(prediction.times, prediction.classes, prediction.windows["fused"], prediction.windows["weight"], prediction.shares, title=prediction.path.name, banner=banner)
-    if evidence is not None:
-        figures["answer"] = plots.prediction_strip(evidence.frames, prediction.classes, *(prediction.whole[name] for name in ("local", "global", "fused", "weight")), top=5, title=prediction.path.name, banner=banner)
-        figures["evidence"] = plots.evidence_strip(evidence.frames, evidence.times, evidence.local, evidence.global_, f"{prediction.path.name}: evidence for {evidence.target} ({evidence.stages[0]}, {evidence.stages[1]})", banner=banner)
-    for name, figure in figures.items(): figure.savefig(folder/f"{name}.png")
+    with matplotlib.rc_context(plots.STYLE):
+        figures = {"share": plots.share_gauge(prediction.share, prediction.reference, banner=banner)}
+        if len(prediction.begin) > 1: figures["timeline"] = plots.timeline(prediction.times, prediction.classes, prediction.windows["fused"], prediction.windows["weight"], prediction.shares, title=prediction.path.name, banner=banner)
+        if evidence is not None:
+            figures["answer"] = plots.prediction_strip(evidence.frames, prediction.classes, *(prediction.whole[name] for name in ("local", "global", "fused", "weight")), top=5, title=prediction.path.name, banner=banner)
+            figures["evidence"] = plots.evidence_strip(evidence.frames, evidence.times, evidence.local, evidence.global_, f"{prediction.path.name}: evidence for {evidence.target} ({evidence.stages[0]}, {evidence.stages[1]})", banner=banner)
+        for name, figure in figures.items(): figure.savefig(folder/f"{name}.png")
     about = {"video": prediction.path.name, "seconds": prediction.duration, "windows": len(prediction.begin), "top5": prediction.top(5), "local": prediction.top(5, "local"), "global": prediction.top(5, "global"),
              "share": prediction.share and prediction.share._asdict(), "reference": prediction.reference, "decided": prediction.decided, "weight": prediction.whole["weight"], "took": prediction.seconds, "device": prediction.device, "notes": prediction.notes}
     (folder/"prediction.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
