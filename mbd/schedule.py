@@ -220,7 +220,7 @@ class Schedule:
                 "by_kind": evaluation.by_group(right, answers.labels, codes, answers.sources, resamples=self.p.resamples)}
 
     def record(self):
-        "Save the answers, and complete the record of the run."
+        "Save the answers, complete the record of the run, and put it on the card of the model."
         run, p, answers, (local, global_) = self.run, self.p, self.end.answers, self.end.pair
         self.weight = self.model.fusion.weight(local.exp(), global_.exp())
         run.save_predictions(ids=answers.ids, sources=answers.sources, labels=answers.labels, local_logits=local, global_logits=global_, weight=self.weight, classes=self.classes)
@@ -231,7 +231,9 @@ class Schedule:
         about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, **made)
         made = self.planned
         if isinstance(made, plans.Plan): made = {"seconds": made.seconds, "memory_gib": made.memory/2**30, "disk_gib": made.disk/2**30}
-        return run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=made, **self.found)
+        record = run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=made, **self.found)
+        if run.main: self.model.save(run.checkpoints/"model", about=record)      # the same weights; their card now says what came out
+        return record
 
     def carry_out(self):
         "All steps, without a reader. Returns the record. Raises training.Stopped where a signal asked for it: what was done is saved."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VideoError', 'write_video', 'FrameIndex', 'cache_folder', 'scan', 'num_frames', 'read_frames', 'read_video',
-           'dense_clip', 'uniform_segments', 'multi_view']
+           'dense_clip', 'uniform_segments', 'multi_view', 'Window', 'sliding_windows']
 
 # %% ../nbs/02_video.ipynb #422a9ece
 import base64, contextlib, functools, hashlib, json, multiprocessing, operator, os, re, threading, zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -425,3 +426,39 @@ def multi_view(
     if num_clips == 1: return dense_clip(num_frames, length, stride)[None]
     room = max(0, num_frames - 1 - (length - 1) * stride)
     return np.stack([dense_clip(num_frames, length, stride, start=k * room // (num_clips - 1)) for k in range(num_clips)])
+
+# %% ../nbs/02_video.ipynb #5ad0c1e2
+@dataclass
+class Window:
+    "A stretch of a video whose frames are at hand, until the next one is asked for; `sliding_windows` makes it."
+    begin: int     # number of its first frame in the video
+    count: int     # its frames
+    size: tuple    # (H, W) of a frame
+    held: deque    # the frames as decoded
+
+    def read(self,
+        indices, # which frames, counted from the window's first
+    ) -> np.ndarray: # uint8 (len(indices), H, W, 3), RGB
+        "Some of its frames."
+        return np.stack([_rgb(self.held[i], self.size) for i in indices])
+
+def sliding_windows(
+    path, # a video file of any length
+    length, # frames in a window
+    step=None, # frames from one window to the next; by default windows follow each other end to end
+    first=0, # frame at which the first one begins
+):
+    "Yield the `Window`s of a video, decoding it once and holding one. Of a video shorter than a window there is one, with all its frames. Raises VideoError; where decoding breaks off, after the last window before."
+    (length, step), (first,) = _whole(1, length=length, step=length if step is None else step), _whole(0, first=first)
+    held, size, n, begin, problem, frames = deque(maxlen=length), None, 0, first, "", _decode(path)
+    try:
+        for n, frame in enumerate(frames, 1):
+            size = size or _rgb(frame).shape[:2]
+            held.append(frame)
+            if n == begin + length: yield Window(begin, length, size, held); begin += step
+    except _av().error.FFmpegError as error: problem = f"decoding breaks off after {n} frames: {error.strerror}"
+    finally: frames.close()
+    if n <= first: raise VideoError(path, problem or (f"ends before frame {first}" if n else "no frame of its video stream can be decoded"))
+    rest = n - (begin - step + length)                       # frames after the last window
+    if begin == first or 4*rest > length: yield Window(n - len(held), len(held), size, held)
+    if problem: raise VideoError(path, problem)

@@ -144,7 +144,7 @@ def test_prepare_hands_the_words_on(monkeypatch, capsys, tmp_path):
     assert asked["urls"] == "https://other.example.org" and asked["keep"] is True and "3 videos" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["features"], ["run"], ["train"], ["analyse"], ["compare"], ["bench"], ["bench", "data"], ["bench", "pairs"], ["bench", "inference"], ["bench", "train"], ["bench", "features"]])
+@pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["features"], ["run"], ["train"], ["analyse"], ["compare"], ["predict"], ["bench"], ["bench", "data"], ["bench", "pairs"], ["bench", "inference"], ["bench", "train"], ["bench", "features"]])
 def test_help_of_everything(words, capsys):
     with pytest.raises(SystemExit) as ended: cli.main([*words, "--help"])
     assert ended.value.code == 0 and capsys.readouterr().out.startswith("usage: mbd")
@@ -239,3 +239,61 @@ def test_a_preset_is_a_parameter_like_any_other(command, monkeypatch):
     monkeypatch.setattr(cli, f"_{command}", lambda words: seen.append([tuple(pair) for pair in words.parameter]) or 0)
     assert cli.main([command, "ucf101", "-p", "seed", "3", "--preset", "smoke", "-p", "split", "2"]) == 0 and cli.main([command, "ucf101"]) == 0
     assert seen == [[("seed", "3"), ("preset", "smoke"), ("split", "2")], []]
+
+
+# ---- a video of one's own
+
+@pytest.fixture
+def model(tmp_path):
+    "A checkpoint of two small streams, with a map, and a video."
+    import torch
+    from mbd.dominance import DominanceMap
+    from mbd.fusion import AdaptiveFusion
+    from mbd.global_stream import GlobalStream
+    from mbd.local_stream import LocalStream
+    from mbd.model import MBD
+    torch.manual_seed(0)
+    made = MBD(LocalStream(2, (4, 6), (3, 1)), GlobalStream(2, width=12, depth=2, heads=3), ["run", "walk"])
+    made.map = DominanceMap(["run", "walk"], [5] * 2, [2] * 2, [.3, .7], [.2, .6], [.4, .8], ["global", "local"], .5)
+    made.fusion = AdaptiveFusion(made.map.logit_share)
+    rng = np.random.default_rng(0)
+    VIDEO.write_video(tmp_path / "my.mp4", rng.integers(0, 255, (70, 64, 64, 3)).astype(np.uint8)); VIDEO.write_video(tmp_path / "short.mp4", rng.integers(0, 255, (4, 64, 64, 3)).astype(np.uint8))
+    (tmp_path / "text.mp4").write_text("no video")
+    return made.save(tmp_path / "model", about={"data": {"name": "miniactions"}})
+
+
+def test_predict(model, capsys):
+    assert cli.main(["predict", "my.mp4", "--model", "model", "--top", "1", "--output", "out"]) == 0
+    out = capsys.readouterr().out
+    for words in ("looking: ", "model: model", "my.mp4: 2.80 s", "share of the local stream: 0.", "decided by ", "times real time", "generated figure videos", "written: out/prediction.json".replace("/", os.sep)): assert words in out, words
+    assert {p.name for p in Path("out").iterdir()} == {"prediction.json", "timeline.csv", "share.png", "timeline.png", "answer.png", "evidence.png"}
+    assert cli.main(["predict", "my.mp4", "--model", "model", "--step", ".4", "--rate", "30"]) == 0 and "windows of 1.03 s" in capsys.readouterr().out
+
+
+def test_predict_takes_the_model_of_the_newest_run(model, tmp_path, capsys):
+    import json
+    run = tmp_path / "reports/ucf101-generated/one"; run.mkdir(parents=True)
+    (run / "result.json").write_text(json.dumps({"schema": 1, "status": "complete", "ended": "2026-01-01T00:00:00"}))
+    model.rename(run / "checkpoints") and (run / "checkpoints").rename(run / "model"); (run / "checkpoints").mkdir(); (run / "model").rename(run / "checkpoints/model")
+    assert cli.main(["predict", "my.mp4"]) == 0 and f"model: {run / 'checkpoints/model'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, status, said", [
+    (["gone.mp4"], 1, "gone.mp4: no such file"), (["text.mp4"], 1, "text.mp4: is no video"), (["short.mp4", "--model", "model"], 2, "4 frames are too few"), (["my.mp4", "--model", "nowhere"], 1, "config.json is missing"), (["my.mp4", "--model", "other"], 2, "a model of another kind"),
+    (["my.mp4", "--model", "newer"], 2, "install the mbd version that wrote it (9.9)"), (["my.mp4"], 1, "--pair pretrained"), (["my.mp4", "--pair", "hand"], 2, "no weights that know"), (["my.mp4", "--model", "model", "--local-weights", "x"], 2, "give --pair NAME too"),
+    (["my.mp4", "--pair", "pretrained", "--local-weights", "gone.pth"], 1, "gone.pth"), (["my.mp4", "--model", "a", "--hub", "b/c"], 2, "not allowed with"), (["my.mp4", "--step", "0"], 2, "above 0"), (["my.mp4", "--top", "0"], 2, "above 0"),
+])
+def test_predict_says_what_is_wrong_in_one_line(model, words, status, said, capsys, tmp_path):
+    import json
+    for name, text in (("other", {"model_type": "bert"}), ("newer", {"format": 99, "mbd": "9.9"})): (tmp_path / name).mkdir(); (tmp_path / name / "config.json").write_text(json.dumps(text))
+    if "--pair" in words: pytest.importorskip("torchvision")
+    try: ended = cli.main(["predict", *words])
+    except SystemExit as error: ended = error.code
+    err = capsys.readouterr().err
+    assert ended == status and said in err and "Traceback" not in err and (err.count("\n") == 1 or "usage: " in err)
+
+
+def test_predict_fetches_from_the_hub(model, monkeypatch, capsys):
+    from mbd import model as models
+    monkeypatch.setattr(models, "snapshot_download", lambda name, **options: str(model))
+    assert cli.main(["predict", "my.mp4", "--hub", "me/figures"]) == 0 and "model: me/figures" in capsys.readouterr().out
