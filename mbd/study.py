@@ -102,7 +102,7 @@ def run_cells(
         if progress: progress(count, len(mine))
     return now
 
-# %% ../nbs/16_study.ipynb #0bc5ba78
+# %% ../nbs/16_study.ipynb #8be6d6f5
 @dataclass(frozen=True)
 class Contrast:
     "An arm against its controls, over seeds."
@@ -141,7 +141,7 @@ def _student(differences, against):
     test = stats.ttest_1samp(d, 0.); ends = test.confidence_interval(.95)
     return Contrast(n, float(mean), float(ends.low), float(ends.high), float(test.pvalue), against, float(sd))
 
-# %% ../nbs/16_study.ipynb #a054fb57
+# %% ../nbs/16_study.ipynb #7af4eb84
 def seeds_needed(
     effect, # smallest difference that matters
     sd, # of the differences between seeds, from tuning seeds
@@ -156,7 +156,7 @@ def seeds_needed(
     while n < 10_000 and sd > 0 and stats.nct.sf(stats.t.isf(alpha/2, n - 1), n - 1, math.sqrt(n)*effect/sd) < power: n += 1
     return max(n, least)
 
-# %% ../nbs/16_study.ipynb #b982b694
+# %% ../nbs/16_study.ipynb #a7321c4f
 @dataclass(frozen=True)
 class Claim:
     "A sentence and the contrast that tests it."
@@ -187,7 +187,7 @@ def read_claims(
     if len(set(ids)) < len(ids): raise ValueError(f"{file}: two claims have the id {max(ids, key=ids.count)!r}")
     return claims
 
-# %% ../nbs/16_study.ipynb #6690dfe6
+# %% ../nbs/16_study.ipynb #f3306149
 def verdicts(
     claims, # of read_claims
     reports, # folder of the studies
@@ -217,7 +217,7 @@ def claims_table(
         lines.append(f"| {claim.paper} | {claim.says} | {cells}: {claim.metric} of *{claim.arm}* above {against}{where} | {c.n if c else 0} of {claim.seeds} | {numbers} | {'' if p is None else f'{p:.2g}'} | **{word}** |")
     return "\n".join(lines)
 
-# %% ../nbs/16_study.ipynb #4b6a9eb8
+# %% ../nbs/16_study.ipynb #2177c55c
 @dataclass(frozen=True)
 class Setting:
     "Videos, views, labels and steps of a study."
@@ -249,7 +249,7 @@ class Setting:
         return (miniactions.Spec(**knobs, train_groups=self.sources, test_groups=1, clips=self.per_source, seed=seed),
                 miniactions.Spec(**knobs, train_groups=1, test_groups=self.test_sources, clips=self.per_source, seed=seed + 10**6))
 
-# %% ../nbs/16_study.ipynb #3efa4c75
+# %% ../nbs/16_study.ipynb #db8260b7
 class World:
     "The videos of a setting and a seed, cut into parts: fit, held, unlabelled, test; and the model after its warm-up."
     def __init__(self, setting, seed, folder, progress=None):
@@ -300,7 +300,7 @@ class World:
         training.fit_fusions(model, held, names=[])
         return model
 
-# %% ../nbs/16_study.ipynb #2177c55c
+# %% ../nbs/16_study.ipynb #bf8d0ad7
 @dataclass(frozen=True)
 class Arm:
     "What is tried."
@@ -334,7 +334,7 @@ def train_arm(
     training.train(model, world.data(records, True), settings, "arm", arm.teach)
     return world.measured(model)
 
-# %% ../nbs/16_study.ipynb #6ddfb5f9
+# %% ../nbs/16_study.ipynb #a70ac58d
 def cka(
     x, # (N, D) features of N videos
     y, # (N, E) of the same videos
@@ -347,7 +347,7 @@ def cka(
     if below == 0: raise ValueError("the features of one side are the same for every video: there is nothing to compare")
     return float((y.T @ x).norm()**2 / below)
 
-# %% ../nbs/16_study.ipynb #6ad9ba65
+# %% ../nbs/16_study.ipynb #f5ebaad7
 def score_arm(
     world, # a World
     model, # of `train_arm`
@@ -374,7 +374,7 @@ def score_arm(
             "ambiguity": float(ambiguity(*logs, y)[2].mean()), "cka": cka(*answers.embeddings)}
     return row | {"local_classes": model.map.group.count("local"), "global_classes": model.map.group.count("global"), "generator": miniactions.generator_id(world.setting.specs(world.seed)[0])}
 
-# %% ../nbs/16_study.ipynb #94dd7af0
+# %% ../nbs/16_study.ipynb #139183cf
 @dataclass(frozen=True)
 class Study:
     "Settings and arms of a grid, and where its table goes."
@@ -401,7 +401,7 @@ def _long(frames): return Setting(labelled=97, frames=frames, gap=max(5, round(.
 LENGTH = Study("study_length", "long videos: the gap between the phases grows with them", {f"{n} frames": _long(n) for n in (32, 64, 128, 256)}, {"none": Arm(), "directed": Arm(_ALL, groups="point")})
 STUDIES = {s.name: s for s in (FEW_LABELS, FULL_LABELS, WEIGHTS, LENGTH)}
 
-# %% ../nbs/16_study.ipynb #568aaa68
+# %% ../nbs/16_study.ipynb #3e1ce942
 def run_study(
     study, # a Study
     seeds, # whole numbers
@@ -425,7 +425,7 @@ def run_study(
     run_cells(table, grid(seeds, **chosen), work, progress)
     return table.rows()
 
-# %% ../nbs/16_study.ipynb #83f315aa
+# %% ../nbs/16_study.ipynb #dad85ff3
 DAMAGE = {"clean": None, **{f"{kind} in {stream}": (stream, kind, strength) for stream in ("local", "global") for kind, strength in (("noise", 1.), ("drop", .5))}}
 
 def run_fusions(
