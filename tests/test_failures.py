@@ -66,10 +66,12 @@ def test_mbd_run_says_in_a_line_what_went_wrong_and_keeps_the_notebook(tmp_path,
     monkeypatch.setenv("MBD_DATA_MINIACTIONS", str(videos)); monkeypatch.setenv("PYTHONPATH", str(ROOT)); monkeypatch.chdir(ROOT)
     assert main(["run", "all", "-p", "warm_up_epoch", "3", "-p", "reports", str(tmp_path/"reports")]) == 2
     assert "did you mean 'warm_up_epochs'" in capsys.readouterr().err and not (tmp_path/"reports").exists()      # before any kernel
+    (tmp_path/"empty").mkdir(); monkeypatch.setenv("MBD_DATA_SSV2", str(tmp_path/"empty"))
     assert main(["run", "ssv2", "-p", "preset", "smoke", "-p", "data", "real", "-p", "reports", str(tmp_path/"reports")]) == 1
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssv2: failed")]
-    [kept] = (tmp_path/"reports").glob("*.ipynb")
-    assert "no folder is configured for ssv2" in line and str(kept) in line and "no folder is configured" in kept.read_text()
+    [kept] = (tmp_path/"reports").rglob("*.ipynb")
+    assert str(tmp_path/"empty") in line and str(kept) in line and json.loads((kept.parent/"result.json").read_text())["status"] == "failed"
+    assert any(o.get("output_type") == "error" for c in json.loads(kept.read_text())["cells"] for o in c.get("outputs", ()))
 
 
 @pytest.fixture
