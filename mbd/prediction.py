@@ -185,24 +185,27 @@ def predict(
     begun, path, views, device = time.perf_counter(), Path(video_file), (model.local_view, model.global_view), next(model.parameters()).device
     rate = rate or frame_rate(path)
     length, total = window_length(model.eval(), rate), _declared(path, rate)
-    begins, batch, found, problem = [], [], [], ""
+    begins, batch, answers, problem = [], [], {}, ""
     with training.side_by_side(device, 2) as each:
         try:
             for window in video.sliding_windows(path, length, step and max(1, round(step*rate))):
                 clips, times, _ = _clips(window, views, rate)
                 if not begins: _check_length(path, window, times, views)
                 begins.append(window.begin); batch.append(clips); end = window.begin + window.count
-                if len(batch) == batch_size: found.append(_ask(model, batch, each)); batch = []
+                if len(batch) == batch_size: answers = _joined(answers, _ask(model, batch, each)); batch = []
                 if progress: progress(end, max(end, total))
         except video.VideoError as error:
             if not begins: raise
             problem = error.problem
-        if batch: found.append(_ask(model, batch, each))
+        if batch: answers = _joined(answers, _ask(model, batch, each))
     if progress: progress(end, end)
-    answers = {name: [torch.cat(parts) for parts in zip(*(part[name] for part in found))] for name in ("local", "global_")}
     windows, whole, shares, share = _tables(model, answers)
     return Prediction(path, model.classes, rate, np.array(begins), length, end, windows, whole, shares, share, model.map and model.map.reference,
                       time.perf_counter() - begun, str(device), list(_notes(model, problem, max(0, length - end))))
+
+def _joined(before, new):
+    "Answers to all windows so far, in one piece: thousands of small tensors between large ones that come and go would scatter memory, and it would grow."
+    return {name: [torch.cat(pair) for pair in zip(before[name], new[name])] if before else [x.clone() for x in new[name]] for name in new}
 
 def _declared(path, rate):
     "Frames of a video as its container says, which may be wrong; 0 where it does not say."
