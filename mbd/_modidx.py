@@ -884,6 +884,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbd.prediction._declared': ('prediction.html#_declared', 'mbd/prediction.py'),
                                 'mbd.prediction._demo_parts': ('prediction.html#_demo_parts', 'mbd/prediction.py'),
                                 'mbd.prediction._gradient': ('prediction.html#_gradient', 'mbd/prediction.py'),
+                                'mbd.prediction._joined': ('prediction.html#_joined', 'mbd/prediction.py'),
                                 'mbd.prediction._notes': ('prediction.html#_notes', 'mbd/prediction.py'),
                                 'mbd.prediction._tables': ('prediction.html#_tables', 'mbd/prediction.py'),
                                 'mbd.prediction.attention_rollout': ('prediction.html#attention_rollout', 'mbd/prediction.py'),

@@ -495,12 +495,15 @@ def timeline(
     weight,  # (W,) of the local stream in the fusion
     share=None,  # (W, 3): value, low, high of each window; None: not measured
     top=5,  # classes drawn, at most 5
+    points=240,  # drawn at most; more windows are drawn as means of neighbours
     title=None,
     banner=None,
 ) -> Figure:
     "Class probabilities, fusion weight and share over time."
-    fused, seconds = np.asarray(fused, float), np.asarray(seconds, float)
+    fused = np.asarray(fused, float)
     wins = np.bincount(fused.argmax(1), minlength=len(classes))
+    parts = np.array_split(np.arange(len(fused)), min(len(fused), points))
+    seconds, fused, weight, share = (None if x is None else np.stack([np.asarray(x, float)[part].mean(0) for part in parts]) for x in (seconds, fused, weight, share))
     shown = np.lexsort((-fused.mean(0), -wins))[:min(top, len(CLASS_COLOURS), len(classes))]
     unit, name = (60, "minutes") if seconds[-1] > 300 else (1, "s")
     figure, axes = _figure(2, 1, (8, 4), title, banner, sharex=True, height_ratios=[1.5, 1])
@@ -510,9 +513,9 @@ def timeline(
     axes[0, 0].set(ylabel="probability", ylim=(0, 1.02))
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     a = axes[1, 0]
-    a.plot(x, np.asarray(weight, float), color=FUSED, label="weight of the local stream", **dots)
+    a.plot(x, weight, color=FUSED, label="weight of the local stream", **dots)
     if share is not None:
-        value, low, high = np.asarray(share, float).T
+        value, low, high = share.T
         a.fill_between(x, low, high, color=LOCAL, alpha=0.15, lw=0)
         a.plot(x, value, "--", color=LOCAL, lw=0.8, label="share, with its interval")
     a.set(xlabel=f"time ({name})", ylabel="local stream", ylim=(0, 1))

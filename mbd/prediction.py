@@ -169,6 +169,17 @@ def _tables(model, answers):
     numbers = lambda table: {name: x.numpy() if x.ndim else float(x) for name, x in table.items()}
     return numbers(windows), numbers(whole), None if shares is None else shares[:-1].numpy(), None if shares is None else Share(*shares[-1].tolist())
 
+# %% ../nbs/15_prediction.ipynb #15b00002
+def _joined(before, new):
+    "Answers to all windows so far, in one piece: thousands of small tensors between large ones that come and go would scatter memory, and it would grow."
+    return {name: [torch.cat(pair) for pair in zip(before[name], new[name])] if before else [x.clone() for x in new[name]] for name in new}
+
+def _declared(path, rate):
+    "Frames of a video as its container says, which may be wrong; 0 where it does not say."
+    with video._open(path) as (container, stream):
+        seconds = stream.duration*stream.time_base if stream.duration else (container.duration or 0)/1e6
+        return stream.frames or round(float(seconds)*rate)
+
 # %% ../nbs/15_prediction.ipynb #15a0002c
 @torch.no_grad()
 def predict(
@@ -185,30 +196,23 @@ def predict(
     begun, path, views, device = time.perf_counter(), Path(video_file), (model.local_view, model.global_view), next(model.parameters()).device
     rate = rate or frame_rate(path)
     length, total = window_length(model.eval(), rate), _declared(path, rate)
-    begins, batch, found, problem = [], [], [], ""
+    begins, batch, answers, problem = [], [], {}, ""
     with training.side_by_side(device, 2) as each:
         try:
             for window in video.sliding_windows(path, length, step and max(1, round(step*rate))):
                 clips, times, _ = _clips(window, views, rate)
                 if not begins: _check_length(path, window, times, views)
                 begins.append(window.begin); batch.append(clips); end = window.begin + window.count
-                if len(batch) == batch_size: found.append(_ask(model, batch, each)); batch = []
+                if len(batch) == batch_size: answers = _joined(answers, _ask(model, batch, each)); batch = []
                 if progress: progress(end, max(end, total))
         except video.VideoError as error:
             if not begins: raise
             problem = error.problem
-        if batch: found.append(_ask(model, batch, each))
+        if batch: answers = _joined(answers, _ask(model, batch, each))
     if progress: progress(end, end)
-    answers = {name: [torch.cat(parts) for parts in zip(*(part[name] for part in found))] for name in ("local", "global_")}
     windows, whole, shares, share = _tables(model, answers)
     return Prediction(path, model.classes, rate, np.array(begins), length, end, windows, whole, shares, share, model.map and model.map.reference,
                       time.perf_counter() - begun, str(device), list(_notes(model, problem, max(0, length - end))))
-
-def _declared(path, rate):
-    "Frames of a video as its container says, which may be wrong; 0 where it does not say."
-    with video._open(path) as (container, stream):
-        seconds = stream.duration*stream.time_base if stream.duration else (container.duration or 0)/1e6
-        return stream.frames or round(float(seconds)*rate)
 
 # %% ../nbs/15_prediction.ipynb #15a0002f
 def describe(self: Prediction,
@@ -352,11 +356,14 @@ def find_model(
     if folder is not None:
         inner = Path(folder)/"checkpoints"/"model"
         return inner if (inner/"config.json").is_file() and not (Path(folder)/"config.json").is_file() else Path(folder)
-    from mbd.experiment import read_runs
-    reports = Path(reports or settings.load().reports)
-    made = [run for run in read_runs(reports) if run["status"] == "complete" and (run["folder"]/"checkpoints/model/config.json").is_file()]
+    reports, made = Path(reports or settings.load().reports), []
+    for path in reports.glob("*/*/result.json"):
+        if not (path.parent/"checkpoints/model/config.json").is_file(): continue
+        try: record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError): continue
+        if isinstance(record, dict) and record.get("status") == "complete": made.append((str(record.get("ended")), path.parent/"checkpoints/model"))
     if not made: raise FileNotFoundError(f"no complete run with a model in {reports}: give a model's folder, make one (mbd run ucf101, or mbd.prediction.demo_model()), or take a pretrained pair (--pair pretrained)")
-    return max(made, key=lambda run: str(run.get("ended")))["folder"]/"checkpoints/model"
+    return max(made)[1]
 
 # %% ../nbs/15_prediction.ipynb #15a0005f
 def save(

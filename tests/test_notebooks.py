@@ -9,7 +9,7 @@ NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not p.name.startswith(".") and ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.parent == NBS and re.match(r"\d\d_", p.name)]
 BOOK = [*CHAPTERS, NBS / "analyse.ipynb", NBS / "compare.ipynb"]      # what runs from top to bottom without parameters
-HEAVY = "00_tour|04_miniactions|13_training|14_features"      # a minute of processor time each, and more
+HEAVY = "00_tour|04_miniactions|13_training|14_features|15_prediction"      # a minute of processor time each, and more
 LATER = {"training": {"evaluation"}}      # which scores what was trained; everything else points down the book
 TOOLS = Path(sys.executable).parent      # not resolved: in a virtual environment the console scripts are beside the link
 pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason="an installed package has no notebooks")

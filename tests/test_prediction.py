@@ -211,6 +211,15 @@ def test_what_is_kept(folder, tmp_path):
     assert {p.name for p in prediction.save(one, tmp_path / "one")} == {"prediction.json", "timeline.csv", "share.png"}
 
 
+def test_a_long_timeline_is_drawn_as_means():
+    from mbd import plots
+    p = np.random.default_rng(0).dirichlet(np.ones(3), 1000)
+    for figure, points in ((plots.timeline(np.arange(1000.), CLASSES, p, p[:, 0]), 240), (plots.timeline(np.arange(100.), CLASSES, p[:100], p[:100, 0], np.stack([p[:100, 0]] * 3, 1)), 100)):
+        lines = figure.axes[0].lines
+        assert {line.get_label(): len(line.get_xdata()) for line in lines} == dict.fromkeys(CLASSES, points) and lines[0].get_ydata().mean() == pytest.approx(1 / 3, abs=.1)
+    assert "minutes" in plots.timeline(np.arange(1000.), CLASSES, p, p[:, 0]).axes[1].get_xlabel()
+
+
 # ---- what is wrong with a video
 
 @pytest.mark.parametrize("name, error, said", [("gone.mp4", VideoError, "no such file"), ("text.mp4", VideoError, "no video that FFmpeg knows"), ("empty.mp4", VideoError, "the file is empty"), ("cut.mp4", VideoError, "cut.mp4"), ("", VideoError, "no regular file"),

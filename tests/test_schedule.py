@@ -37,6 +37,8 @@ def test_a_run_that_ended_early_goes_on_and_ends_as_if_it_had_not(settings, monk
     record = again.carry_out()
     assert not trained and record["top1"] == whole["top1"] and record["sessions"][0]["reason"] == "a power cut"
     assert len((again.run.folder/"log.csv").read_text().splitlines()) == 1 + 3*2 and [s["name"] for s in record["stages"]].count("warm-up") == 1
+    card = (again.run.folder/"checkpoints/model/README.md").read_text(encoding="utf-8")      # whoever gets the model knows what came out
+    assert f"| adaptive | {100*record['top1']['adaptive']:.1f} |" in card and "generated figure videos" in card and f"test: expected {record['data']['test']['expected']}" in card
     other, log = (next(f for f in settings.reports.glob("*/*") if f != again.run.folder)/"log.csv"), again.run.folder/"log.csv"
     assert [line.split(",")[:5] for line in other.read_text().splitlines()] == [line.split(",")[:5] for line in log.read_text().splitlines()]
 
