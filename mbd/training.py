@@ -200,7 +200,7 @@ class Trainer:
         self.draws = any(map(_draws, self.streams.values()))
         for name, stream in self.streams.items():
             side = _Side(stream)
-            if settings.compile: side.compile()
+            if settings.compile: side.compile(dynamic=False)      # both sides share this forward: sizes that differ would be taken for sizes that vary
             self.sides[name] = self.accelerator.prepare_model(side, device_placement=False)
         saving = any(getattr(stream, "checkpointing", False) for stream in self.streams.values())
         together = self.world == 1 and not self.draws and not settings.compile and not saving

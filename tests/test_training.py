@@ -655,3 +655,11 @@ def test_channels_last_changes_the_layout_and_not_the_step():
         kernels = [p for p in model.parameters() if p.ndim == 5 and p.shape[1] > 1 and p[0, 0].numel() > 1]
         assert kernels and all(p.is_contiguous(memory_format=torch.channels_last_3d) == layout for p in kernels)
     assert all(torch.allclose(after[False][n].double(), after[True][n].double(), atol=1e-4) for n in after[False])
+
+
+@pytest.mark.slow
+def test_compiled_streams_of_different_sizes_take_the_same_steps():
+    "Both are wrapped alike: the compiler must not take their two sizes for one that varies."
+    settings = Training(epochs=1, batch_size=8)
+    (plain, _), (compiled, rows) = trained(settings), trained(replace(settings, compile=True))
+    assert all(distance(plain, compiled, name) < 1e-2 for name in ("local", "global_")) and rows[0]["skipped"] == 0
