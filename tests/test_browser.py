@@ -115,6 +115,7 @@ def photograph(page, pictures):
 @pytest.mark.parametrize("name, change, seconds, bars, figures", [      # at most so long; at least so many progress bars and figures
     pytest.param("06_plots.ipynb", instead(SHORT), 300, 1, 1, id="short"),
     pytest.param("00_tour.ipynb", None, 1500, 4, 7, id="tour", marks=pytest.mark.slow),
+    pytest.param("demo.ipynb", None, 900, 1, 3, id="demo", marks=pytest.mark.slow),
     pytest.param("run_ucf101.ipynb", asked("preset = 'smoke'"), 900, 8, 14, id="run", marks=pytest.mark.slow),
 ])
 def test_a_notebook_runs_and_is_seen(kit, lab, context, tmp_path, name, change, seconds, bars, figures):
