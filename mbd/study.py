@@ -397,7 +397,7 @@ FULL_LABELS = Study("study_full_labels", "a label for every video", {"all labels
     **{f"{kind} only": Arm(Distillation(final_weight=0., intermediate=kind), groups="point") for kind in ("relation", "logit", "hint", "attention")}})
 WEIGHTS = Study("study_weights", "how much distillation: what it does to the streams' difference", {"50 labels": Setting(labelled=50)}, {
     "supervised": Arm(), **{f"{name} {w:g}": Arm(replace(teach, final_weight=w), groups="point") for name, teach in (("directed", _CO), ("both ways", _BOTH)) for w in (.1, .3, 1., 3., 10.)}})
-def _long(frames): return Setting(labelled=97, frames=frames, gap=max(5, round(.4*frames) - 8), unlabelled=False, test_clips=max(1, frames // 32), global_=clips.View(max(11, frames // 8), 3, 24, sampling="segments"))
+def _long(frames): return Setting(labelled=97, per_source=1, frames=frames, gap=max(5, round(.4*frames) - 8), unlabelled=False, test_clips=max(1, frames // 32), global_=clips.View(max(11, frames // 8), 3, 24, sampling="segments"))
 LENGTH = Study("study_length", "long videos: the gap between the phases grows with them", {f"{n} frames": _long(n) for n in (32, 64, 128, 256)}, {"none": Arm(), "directed": Arm(_ALL, groups="point")})
 STUDIES = {s.name: s for s in (FEW_LABELS, FULL_LABELS, WEIGHTS, LENGTH)}
 
