@@ -66,7 +66,7 @@ def describe_protocol(
         elif p.get("seconds"):
             when = f", {1 / p['seconds']:g} a second"
         else:
-            when = f", every {p['stride']}." if p["stride"] > 1 else " in a row"
+            when = f" at a stride of {p['stride']}" if p["stride"] > 1 else " in a row"
         return f"{p['frames']} frames{when}, {p['size']} px"
 
     clips, crops = protocol["clips"], protocol["crops"]

@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.skipif(not BROWSER, reason=f"no browser: none of {', '
 def kit(tmp_path_factory):
     "A copy of what JupyterLab is started on; the notebooks have no outputs yet, and nothing of the checkout or of the user's own Jupyter is touched."
     folder = tmp_path_factory.mktemp("browser") / "kit"
-    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    skip = shutil.ignore_patterns(".ipynb_checkpoints")
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=skip)
+    shutil.copytree(ROOT / "nbs", folder / "nbs/committed", ignore=skip)      # with their outputs
     shutil.copy(ROOT / "settings.ini", folder)
     shutil.copytree(ROOT / "reports", folder / "reports")      # the tour shows committed results
     for path in (folder / "nbs").glob("*.ipynb"):
@@ -100,6 +102,9 @@ def run_all(context, lab, name, seconds, pictures):
     return page, bars
 
 
+BROKEN = ("Error displaying widget", "Loading widget", "Math Processing Error", "<Figure size")
+
+
 def errors(page):
     "Tracebacks on the page. JupyterLab gives them the type of any text on stderr."
     return [text for text in page.locator('.jp-Notebook [data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts() if "Traceback (most recent call last)" in text]
@@ -142,5 +147,27 @@ def test_a_notebook_runs_and_is_seen(kit, lab, context, tmp_path, name, change, 
     sizes = page.locator(".jp-OutputArea .jp-RenderedImage img:visible").evaluate_all("list => list.map(i => [i.complete && i.naturalWidth, i.clientWidth])")
     assert len(sizes) >= figures and all(natural > 100 and shown > 100 for natural, shown in sizes), sizes
     shown = page.locator(".jp-Notebook").inner_text()
-    for word in ("Error displaying widget", "Loading widget", "Math Processing Error", "<Figure size"): assert word not in shown, word
+    for word in BROKEN: assert word not in shown, word
     page.close()
+
+
+@pytest.mark.slow
+def test_every_notebook_is_readable_as_it_is_committed(kit, lab, context, tmp_path):
+    "Opened, nothing run: every picture there, every formula set, no widget that is only a promise."
+    names = sorted(p.relative_to(kit / "nbs").as_posix() for p in (kit / "nbs/committed").rglob("*.ipynb"))
+    assert len(names) > 40
+    found = {}
+    for name in names:
+        page = context.new_page()
+        page.goto(f"{lab}lab/tree/{name}?token=token&reset")
+        page.locator(".jp-Notebook .jp-MarkdownCell .jp-RenderedMarkdown").first.wait_for()
+        page.wait_for_function("[...document.querySelectorAll('.jp-Notebook img')].every(i => i.complete)")
+        shown = page.locator(".jp-Notebook").inner_text()
+        faults = [word for word in BROKEN if word in shown]
+        faults += page.locator(".jp-Notebook img").evaluate_all("list => list.filter(i => !i.naturalWidth).map(i => 'no picture: ' + i.src.slice(0, 80))")
+        faults += page.locator(".jp-Notebook mjx-merror").all_inner_texts()
+        if "$$" in page.locator(".jp-Notebook .jp-RenderedMarkdown").evaluate_all("list => list.map(e => e.innerText).join(' ')"): faults.append("a formula that is not set: $$")
+        if faults: found[name] = faults; page.screenshot(path=tmp_path / f"{Path(name).stem}.png")
+        page.close()
+        for kernel in context.request.get(f"{lab}api/kernels?token=token").json(): context.request.delete(f"{lab}api/kernels/{kernel['id']}?token=token")
+    assert not found, found

@@ -290,4 +290,4 @@ def test_evaluate_refuses_an_average_that_is_none_and_nan():
 def test_protocol_in_words():
     view = {"frames": 16, "stride": 2, "size": 56}
     words = ev.describe_protocol({"clips": 1, "crops": 3, "local": view, "global": view | {"stride": 1}})
-    assert words.startswith("1 clip x 3 crops") and "every 2." in words and "in a row" in words
+    assert words.startswith("1 clip x 3 crops") and "16 frames at a stride of 2, 56 px" in words and "in a row" in words
