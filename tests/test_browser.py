@@ -134,7 +134,7 @@ def test_a_cell_that_fails_is_noticed(kit, lab, context, tmp_path):
     pytest.param("06_plots.ipynb", instead(SHORT), 300, 1, 1, id="short"),
     pytest.param("00_tour.ipynb", None, 1500, 4, 7, id="tour", marks=pytest.mark.slow),
     pytest.param("demo.ipynb", None, 900, 1, 3, id="demo", marks=pytest.mark.slow),
-    pytest.param("run_ucf101.ipynb", asked("preset = 'smoke'"), 900, 8, 14, id="run", marks=pytest.mark.slow),
+    pytest.param("run_ucf101.ipynb", asked("preset = 'smoke'"), 900, 8, 10, id="run", marks=pytest.mark.slow),      # of the strips there are as many as cases were found
 ])
 def test_a_notebook_runs_and_is_seen(kit, lab, context, tmp_path, name, change, seconds, bars, figures):
     if change: change_cells(kit, name, change)
