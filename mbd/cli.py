@@ -101,6 +101,7 @@ def _run(words):
     for name, (error, kept) in ends.items(): print(f"{name}: {'failed: ' + error if error else 'complete'}; the notebook is {kept}", file=sys.stderr if error else sys.stdout)
     return int(any(error for error, _ in ends.values()))
 
+# %% ../nbs/17_cli.ipynb #e6953068
 def _given(words, name):
     "The parameters of an experiment as they were typed. Raises UsageError for what it does not have, or what does not go together, or data that are not there."
     from mbd import experiment
@@ -111,6 +112,7 @@ def _given(words, name):
         raise UsageError(text + f"; mbd run {name} --parameters lists all" * bool(unknown)) from None
     return given
 
+# %% ../nbs/17_cli.ipynb #1cc35894
 def _execute(name, file, given):
     "(what went wrong or '', path of the executed notebook) of one experiment."
     import logging, papermill
@@ -126,6 +128,7 @@ def _execute(name, file, given):
     except (papermill.PapermillException, RuntimeError, OSError) as problem: error = " ".join((getattr(problem, "evalue", None) or str(problem)).split())[:500]
     return error, _filed(kept, reports)
 
+# %% ../nbs/17_cli.ipynb #48f48bf9
 def _filed(kept, reports):
     "Move an executed notebook into the folder of its run, if it names one, with its HTML beside it."
     import json, re
@@ -268,6 +271,7 @@ def _one_of(kind, names):
 
 _dataset = _one_of("data set", _NAMES)
 
+# %% ../nbs/17_cli.ipynb #618900eb
 def _place(text, file=False):
     "A type of argparse: a folder, or a file, for results. What is sure to fail is refused before the work, not after it."
     path = Path(text).expanduser()
@@ -279,6 +283,7 @@ def _place(text, file=False):
 
 def _file(text): return _place(text, file=True)
 
+# %% ../nbs/17_cli.ipynb #729803d7
 def _positive(text):
     if not text.isdecimal() or not int(text): raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

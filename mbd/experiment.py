@@ -392,7 +392,7 @@ def _real_folder(experiment, settings, wanted) -> Path | None:
             raise ParameterError(f"the folder configured for {name} does not exist: {path}; {remedy}, or use data = 'generated'")
     return Path(folder)
 
-
+# %% ../nbs/16_experiment.ipynb #5e20ce44
 def resolve(
     values: dict,  # as check_parameters returns them
     experiment,  # an Experiment or its name
@@ -430,7 +430,7 @@ def _check_map(values, experiment):
     if values.get("also", "none") == values.get("protocol"):
         raise ParameterError(f"also = {values['also']!r} is the protocol itself; name another one, or none")
 
-
+# %% ../nbs/16_experiment.ipynb #d3b7657d
 def _fill(values, experiment, settings, device) -> SimpleNamespace:
     "Replace what is None by the preset's and the settings' values."
     preset = experiment.presets[values["preset"]]
@@ -711,7 +711,7 @@ def _board(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return SummaryWriter(str(folder), flush_secs=10)
 
-
+# %% ../nbs/16_experiment.ipynb #8d1a7997
 class RunFolder:
     "The files of one run. All of them are written atomically."
 
@@ -954,7 +954,7 @@ def unfinished(
             continue
     return None, passed
 
-
+# %% ../nbs/16_experiment.ipynb #51bd1810
 def parameters_of(
     experiment,  # name of the experiment, or an Experiment
     given: dict,  # name -> value
@@ -971,7 +971,7 @@ def parameters_of(
             raise ParameterError(str(error)) from None
     return *resolve(values, experiment, settings), settings
 
-
+# %% ../nbs/16_experiment.ipynb #d5f97f5a
 def start(
     experiment,  # name of the experiment, or an Experiment
     namespace: dict,  # globals() of the notebook; in a script, a dict of parameters

@@ -148,6 +148,7 @@ def _shape(index, shard):
 
 def _reasons(notes): return json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
 
+# %% ../nbs/14_features.ipynb #a5d81e68
 class _Part:
     "The rows of one shard, being written: first the features, then what says that they are there."
     def __init__(self, folder, index, shard):
@@ -273,6 +274,7 @@ def _fill(place, index, records, stream, shard, view, flip, augment, seed, devic
                 raise RuntimeError(f"{failed} of {len(own)} videos could not be read, and max_failures = {max_failures} allows {int(max_failures*len(own))}; the last: {records[number].path}: {part.reasons.get(index['ids'][number], 'read')}. Run `mbd data check`, which lists every unreadable file; then ask again with retry, or raise max_failures")
             if progress: progress(done, len(own))
 
+# %% ../nbs/14_features.ipynb #2bb30347
 def extract(
     records, # of chapter 03: all videos of the store, the same list for every shard
     stream, # from `build_stream`; not changed
@@ -455,6 +457,7 @@ class FeatureDataset:
         "What `clips.batches` gives: iterate over it once an epoch."
         return _FeatureBatches(self, batch_size, shuffle)
 
+# %% ../nbs/14_features.ipynb #fc7d5dfd
 class _FeatureBatches:
     def __init__(self, data, batch_size, shuffle): self.data, self.batch_size, self.shuffle = data, batch_size, shuffle
 
@@ -549,6 +552,7 @@ def _generated_index(side, names, rows, views, widths, about):
     return dict(format=FORMAT, dataset=GENERATED, backbone=f"generated_{side}", weights=None, digest=about, config={}, seen=[], view=asdict(LOCAL_VIEW), protocol=f"{views}x1", clips=views, crops=1, augmented=0,
                 variation=None, widths=dict(widths), classes=names, **columns, origins=[GENERATED]*len(rows), subsets=["train"]*len(rows), expected=len(rows), versions={})
 
+# %% ../nbs/14_features.ipynb #a7796f7f
 def generated_features(
     folder, # of all stores
     classes=101, # K: by turns planted local, balanced, global
@@ -582,6 +586,7 @@ def generated_features(
                 if progress: progress(which*len(rows) + int(end), 2*len(rows))
     return tuple(places)
 
+# %% ../nbs/14_features.ipynb #e601398f
 def generated_split(
     records, # of a generated store
     split=1, # 1, 2 or 3
@@ -618,6 +623,7 @@ def _add_row(file, row, first):
     writer.writerow(row.values())
     with open(file, "a", newline="", encoding="utf-8") as f: f.write(text.getvalue()); f.flush(); os.fsync(f.fileno())
 
+# %% ../nbs/14_features.ipynb #014c979e
 def study(
     run, # (split, seed) -> {name: number}
     file, # CSV to which a row is added after each run
@@ -644,6 +650,7 @@ def study(
     rows = found()
     return [rows[key] for key in wanted if key in rows]
 
+# %% ../nbs/14_features.ipynb #43683c2e
 def scores(
     result, # of `run_schedule`
 ) -> dict: # name -> number

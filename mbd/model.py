@@ -253,6 +253,7 @@ def _read_config(folder):
     if isinstance(config.get("map"), dict) and config["map"].get("classes") != names: raise ValueError(f"{file}: the map is of other classes")
     return config
 
+# %% ../nbs/12_model.ipynb #9924c1d0
 def load(
     folder, # written by `save`
 ) -> MBD: # in eval mode, on the CPU

@@ -249,6 +249,7 @@ def distinct(
         found.setdefault(tuple(map(_key, sides)), (pair, []))[1].append(f"{pair.dataset} {pair.name}")
     return dict(sorted(found.items(), key=lambda item: sum(gflops[key] for key in item[0]))), gflops
 
+# %% ../nbs/12_pairs.ipynb #eec9674f
 def measured_on(
     title, # of the report
     device, # torch device
@@ -261,6 +262,7 @@ def measured_on(
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     return [f"# {title}", "", ", ".join([machine(), *versions]), "", f"`{command}`", "", where]
 
+# %% ../nbs/12_pairs.ipynb #e7ae08d0
 def spread(
     seconds, # of each round
 ) -> str:
@@ -276,6 +278,7 @@ def within_memory(
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error): raise
         return "out of memory"
 
+# %% ../nbs/12_pairs.ipynb #48df36d7
 def _heading(batch_size, rounds, device, command):
     *lines, where = measured_on("Seconds of one training step", device, command)
     return [*lines, f"{where}; {batch_size} clips a step, float32; forward, backward and AdamW; random weights and clips. Median of {rounds} steps after one that does not count [least, most]; on a CPU then the processor seconds of all threads, least of the steps: other programs on the machine change them little. "

@@ -84,6 +84,7 @@ def free_memory(
     except (OSError, StopIteration, ValueError): pass      # no container, or one without a limit
     return min(free, default=None)
 
+# %% ../nbs/16_plan.ipynb #735b36d5
 def _gib(count): return f"{count/2**30:.2g} GiB" if count >= 2**29 else f"{count/2**20:.3g} MiB"
 
 def _tried(model, parameters, free):
@@ -146,6 +147,7 @@ class Plan:
             f"  memory   about {_gib(self.memory)}" + (f", {_gib(self.frames)} of it frames" if self.frames else "") + (f"; {_gib(self.free)} free" if self.free is not None else ""),
             f"  disk     at most {_gib(self.disk)}; {_gib(self.room)} free"])
 
+# %% ../nbs/16_plan.ipynb #60864b32
 def make_plan(
     parts: dict, # part -> records
     model, # an MBD on its device

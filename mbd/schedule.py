@@ -7,6 +7,7 @@ __all__ = ['Schedule']
 
 # %% ../nbs/16_schedule.ipynb #f665bcd1
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, torch
@@ -16,43 +17,68 @@ from .experiment import ParameterError, Progress
 from .interventions import ORDERS, Reordered
 from .model import MBD
 
-# %% ../nbs/16_schedule.ipynb #993fc3fc
-class Schedule:
-    """The steps of a run: find, build, plan, read, warm_up, distil, fuse, result, record; `carry_out` takes them all.
-    Each raises what the chapters it calls raise; an experiment.Run keeps what they find."""
-    def __init__(self, run):
+# %% ../nbs/16_schedule.ipynb #a0a25be4
+def _videos(run):
+    "(Spec or None, folder, folder of annotations or None). On generated data the set is made first. Raises ParameterError without a folder for it."
+    p, known, name = run.parameters, run.settings.data, run.experiment.data_name
+    if not run.generated: return None, known[name], run.settings.annotations.get(name)
+    if "miniactions" not in known: raise ParameterError("there is no folder for generated videos: start below the kit's folder, whose settings.ini names one, or set MBD_DATA_MINIACTIONS")
+    spec = miniactions.sized(p.train_videos, p.test_videos, seed=p.generator_seed)
+    made = miniactions.generator_id(spec).replace("/", "-") + (f"-{name}" if name != "ucf101" else "")
+    folder = known["miniactions"]/made
+    with run.stage("generate"), devices.main_first(): miniactions.generate(folder, name, progress=Progress("generating", "videos"), spec=spec)
+    return spec, folder, None
+
+# %% ../nbs/16_schedule.ipynb #65214347
+def _parts(train, test, on_val, seed):
+    "{part: records} for fit, map, gate and test, of the two official lists."
+    if not on_val: return datasets.cut_parts(train, {"map": .2, "gate": .15}, seed=seed) | {"test": test}
+    halves = datasets.cut_parts(test, {"map": .25, "gate": .25}, rest="test")
+    return {"fit": train, "map": halves["map"], "gate": halves["gate"], "test": halves["test"]}
+
+# %% ../nbs/16_schedule.ipynb #2ad9ec97
+class _Found:
+    "The lists and parts of a run."
+    def __init__(self,
+        run, # an experiment.Run
+    ):
         self.run, self.p, self.teach = run, run.parameters, experiment.teaching(run.parameters)
         self.checkpoints = Checkpoints(run.checkpoints/"stages", every=60*self.p.checkpoint_minutes)
-        self.rows, self.stages, self.planned = [], {}, None
+        self.rows, self.planned = [], None
 
     def find(self):
         "The official lists, and their records cut into parts. On generated data the set is made first."
-        p, run, name = self.p, self.run, self.run.experiment.data_name
-        if run.generated:
-            if "miniactions" not in run.settings.data: raise ParameterError("there is no folder for generated videos: start below the kit's folder, whose settings.ini names one, or set MBD_DATA_MINIACTIONS")
-            self.spec = miniactions.sized(p.train_videos, p.test_videos, seed=p.generator_seed)
-            made = miniactions.generator_id(self.spec).replace("/", "-") + (f"-{name}" if name != "ucf101" else "")
-            self.folder, annotations = run.settings.data["miniactions"]/made, None
-            with run.stage("generate"), devices.main_first(): miniactions.generate(self.folder, name, progress=Progress("generating", "videos"), spec=self.spec)
-        else: self.spec, self.folder, annotations = None, run.settings.data[name], run.settings.annotations.get(name)
+        p, name = self.p, self.run.experiment.data_name
+        self.spec, self.folder, annotations = _videos(self.run)
         tested = "validation" if "validation" in datasets.READERS[name][2] else "test"      # Kinetics-400 and Something-Something V2 report on it
         self.lists = {part: datasets.load(name, self.folder, p.split, subset, annotations) for part, subset in [("train", "train"), ("test", tested)]}
-        chosen = {part: experiment.subset(self.lists[part].records, 0 if run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]}
-        if p.map_on_val:      # the same half in every run, whatever its seed
-            halves = datasets.cut_parts(chosen["test"], {"map": .25, "gate": .25}, rest="test")
-            self.parts = {"fit": chosen["train"], "map": halves["map"], "gate": halves["gate"], "test": halves["test"]}
-        else: self.parts = datasets.cut_parts(chosen["train"], {"map": .2, "gate": .15}, seed=p.seed) | {"test": chosen["test"]}
+        chosen = [experiment.subset(self.lists[part].records, 0 if self.run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]]
+        self.parts = _parts(*chosen, p.map_on_val, p.seed)
         self.classes, self.records = self.lists["test"].classes, {r.id: r for part in self.parts.values() for r in part}
         return self
 
+    def counts(self):
+        "{part: {expected, found, unreadable}}, with what has failed so far."
+        failed = {id: why for data in getattr(self, "data", {}).values() for id, why in data.failures.items()}
+        return experiment.count_parts(self.parts, self.lists, failed | getattr(self, "unreadable", {}))
+
+    def progress(self, label, unit="steps"): return Progress(label, unit, mode=None if self.run.main else "none")
+
+# %% ../nbs/16_schedule.ipynb #ce5013e6
+def _sized(view, local, frames, size):
+    "A view with frames and size as asked for the `local` one, in the pair's proportion; 0 leaves them."
+    return replace(view, frames=view.frames*(frames or local.frames)//local.frames, size=view.size*(size or local.size)//local.size)
+
+# %% ../nbs/16_schedule.ipynb #233ccdae
+class _Built(_Found):
+    "And the model."
     def build(self):
-        "The two streams of the pair, and what each sees."
+        "The two streams of the pair, and what each sees. Raises ParameterError where they cannot be had as asked for."
         p, pair = self.p, pairs.find_pair("miniactions" if self.run.generated else self.run.experiment.data_name, self.p.pair)
-        near = pair.local.view
-        sized = lambda view: replace(view, frames=view.frames*(p.frames or near.frames)//near.frames, size=view.size*(p.size or near.size)//near.size)      # both streams' change alike
         files = {name: file for name, file in (("local", p.local_weights), ("global", p.global_weights)) if file}
+        views = [_sized(side.view, pair.local.view, p.frames, p.size) for side in (pair.local, pair.global_)]
         torch.manual_seed(p.seed)
-        with devices.main_first(): *streams, local_view, global_view = pairs.make_streams(pair, len(self.classes), files, sized(pair.local.view), sized(pair.global_.view))
+        with devices.main_first(): *streams, local_view, global_view = pairs.make_streams(pair, len(self.classes), files, *views)
         for stream in streams if p.checkpointing else ():
             if not hasattr(stream, "checkpointing"): raise ParameterError(f"checkpointing = True, but {stream.backbone} cannot compute its parts again; leave it off")
             stream.checkpointing = True
@@ -61,6 +87,9 @@ class Schedule:
         except ValueError as error: raise ParameterError(f"frames = {p.frames}, size = {p.size}: {error}; set both to 0, for what the weights of pair {pair.name!r} were trained with") from None
         return self
 
+# %% ../nbs/16_schedule.ipynb #1ae29960
+class _Read(_Built):
+    "And the data sets of its parts."
     def _kept(self):
         "(short side, frames at most) of videos that stay in memory; None where they are read from the files."
         views = self.model.local_view, self.model.global_view
@@ -74,10 +103,9 @@ class Schedule:
 
     def read(self):
         "Decode the videos into memory, or find their index; then the data sets of all parts."
-        p, run, views = self.p, self.run, (self.model.local_view, self.model.global_view)
-        self.frames, self.index, self.unreadable = None, None, {}
+        p, self.frames, self.index, self.unreadable = self.p, None, None, {}
         if p.read == "memory":
-            with run.stage("decode"):
+            with self.run.stage("decode"):
                 size, most = self._kept()
                 self.frames, self.unreadable = clips.load_frames(self.records.values(), size=size, max_frames=most, progress=self.progress("decoding", "videos"), max_failures=p.max_failures)
         else:
@@ -86,36 +114,39 @@ class Schedule:
         self.data = {name: self._data(name) for name in self.parts}
         n_clips, crops = clips.protocol(p.protocol)
         self.reading = dict(batch_size=4*p.batch_size, workers=p.workers if p.read == "files" else 0, checkpoints=self.checkpoints)
-        self.protocol = {"clips": n_clips, "crops": crops, "local": vars(views[0]), "global": vars(views[1])}
+        self.protocol = {"clips": n_clips, "crops": crops, "local": vars(self.model.local_view), "global": vars(self.model.global_view)}
         return self
 
     def _data(self, part, protocol=None):
         "The clips of a part; videos to be tested in the fixed views of a protocol."
         p, (n_clips, crops) = self.p, clips.protocol(protocol or self.p.protocol)
-        flip = False if self.run.generated else self.lists["train"].directional      # mirrored, left would be right
+        flip = False if self.run.generated else self.lists["train"].directional
         return clips.ClipDataset(self.parts[part], self.frames, self.model.local_view, self.model.global_view, train=part == "fit", flip=flip, clips=n_clips, crops=crops, seed=p.seed,
                                  augment=clips.AUGMENTATIONS[p.augmentation], index=self.index, max_failures=p.max_failures)
 
-    def counts(self):
-        "{part: {expected, found, unreadable}}, with what has failed so far."
-        failed = {id: why for data in getattr(self, "data", {}).values() for id, why in data.failures.items()}
-        return experiment.count_parts(self.parts, self.lists, failed | self.unreadable)
+# %% ../nbs/16_schedule.ipynb #ea251b59
+@contextmanager
+def _memory_named(stage):
+    "Raise MemoryError with the remedy where memory runs out inside; every other error passes."
+    try: yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error): raise
+        raise MemoryError(f"{stage}: {error}. Free memory and start again with the same words, and the run goes on; or lower batch_size, raise accumulate, or set checkpointing = True, for a run of its own") from None
 
-    def progress(self, label, unit="steps"): return Progress(label, unit, mode=None if self.run.main else "none")
-
+# %% ../nbs/16_schedule.ipynb #4d60ba52
+class _Taught(_Read):
+    "And stages 1 to 3."
     def _train(self, stage, model, epochs, learning_rate, seed, teach=None):
+        "One stage of training; a stage that is done is loaded."
         show = self.progress(stage)
         def log(row): self.run.log(**row); show.note(f"{row['stream']} {row['accuracy']:.2f}")
         settings = experiment.recipe(self.p, epochs=epochs, learning_rate=learning_rate, seed=seed)
-        with self.run.stage(stage, epochs, flops=experiment.training_flops(self.cost, len(self.data["fit"])*epochs, teach)):
-            try: self.rows += training.train(model, self.data["fit"], settings, stage, teach, log, show, self.reading["workers"], checkpoints=self.checkpoints,
-                                             validate=self.data["gate"] if self.p.validate else None)
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error): raise
-                raise MemoryError(f"{stage}: {error}. Free memory and start again with the same words, and the run goes on; or lower batch_size, raise accumulate, or set checkpointing = True, for a run of its own") from None
+        flops = experiment.training_flops(self.cost, len(self.data["fit"])*epochs, teach)
+        with self.run.stage(stage, epochs, flops=flops), _memory_named(stage):
+            self.rows += training.train(model, self.data["fit"], settings, stage, teach, log, show, self.reading["workers"], checkpoints=self.checkpoints,
+                                        validate=self.data["gate"] if self.p.validate else None)
 
-    def _map(self, model, stage):
-        training.measure_map(model, self.data["map"], self.p.seed, **self.reading, stage=f"map-{stage}")
+    def _map(self, model, stage): training.measure_map(model, self.data["map"], self.p.seed, **self.reading, stage=f"map-{stage}")
 
     def warm_up(self):
         "Stage 1, each stream on the labels; stage 2, the map."
@@ -131,94 +162,114 @@ class Schedule:
         if self.control is not None: self._train("control", self.control, p.distil_epochs, p.distil_learning_rate, p.seed + 1)
         return self
 
+# %% ../nbs/16_schedule.ipynb #bc771ff9
+class _Tested(_Taught):
+    "And stage 4, with the answers to the test list."
+    def _answers(self, model, data, what, stage): return training.predict(model, data, progress=self.progress(what, "clips"), **self.reading, stage=stage)
+
     def _finish(self, model, stage):
         "Map, fusions, and the answers to the test list."
         self._map(model, stage)
         fusions, best = training.fit_fusions(model, self.data["gate"], **self.reading, stage=f"gate-{stage}")
-        answers = training.predict(model, self.data["test"], progress=self.progress("test", "clips"), **self.reading, stage=f"test-{stage}")
-        return SimpleNamespace(model=model, fusions=fusions, answers=answers, pair=training.calibrate(answers, model.temperature), fused=training.fuse_all(fusions, answers, model.temperature), best=best)
+        return self._fused(model, fusions, best, self._answers(model, self.data["test"], "test", f"test-{stage}"))
 
-    def fuse(self):
-        "Stage 4: the map again, the fusions, the test list; of the control too. The model is saved."
-        with self.run.stage("fuse and test"):
-            self.end = self._finish(self.model, "distil")
-            self.also = self._test_again()
-            self.reordered = self._reorder()
-            self.alone = self._finish(self.control, "control") if self.control is not None else None
-        if self.run.main: self.run.save_dominance(self.model.map); self.model.save(self.run.checkpoints/"model")
-        return self
+    def _fused(self, model, fusions, best, answers):
+        return SimpleNamespace(model=model, fusions=fusions, best=best, answers=answers, pair=training.calibrate(answers, model.temperature), fused=training.fuse_all(fusions, answers, model.temperature))
 
     def _test_again(self):
         "The same model, map and fusions in the second protocol, where one is asked for."
         if self.p.also == "none": return None
-        answers = training.predict(self.model, self._data("test", self.p.also), progress=self.progress(f"test, {self.p.also}", "clips"), **self.reading, stage="test-also")
-        pair = training.calibrate(answers, self.model.temperature)
-        return SimpleNamespace(model=self.model, answers=answers, pair=pair, fused=training.fuse_all(self.end.fusions, answers, self.model.temperature), best=self.end.best)
+        return self._fused(self.model, self.end.fusions, self.end.best, self._answers(self.model, self._data("test", self.p.also), f"test, {self.p.also}", "test-also"))
 
     def _reorder(self):
         "Answers to one view of each test video with its frames as they are, shuffled and reversed."
         found, data = {}, self._data("test", "1x1")
         for order in ORDERS:
             model = MBD(Reordered(self.model.local, order, self.p.seed), Reordered(self.model.global_, order, self.p.seed), self.classes)
-            found[order] = training.predict(model, data, progress=self.progress(f"test, frames {order}", "clips"), **self.reading, stage=f"test-{order}")
+            found[order] = self._answers(model, data, f"test, frames {order}", f"test-{order}")
         return found
 
+    def fuse(self):
+        "Stage 4: the map again, the fusions, the test list; of the control too. The model is saved."
+        with self.run.stage("fuse and test"):
+            self.end = self._finish(self.model, "distil")
+            self.also, self.reordered = self._test_again(), self._reorder()
+            self.alone = self._finish(self.control, "control") if self.control is not None else None
+        if self.run.main: self.run.save_dominance(self.model.map); self.model.save(self.run.checkpoints/"model")
+        return self
+
+# %% ../nbs/16_schedule.ipynb #71e7fb6d
+def _fewer(answers, clips, crops):
+    "Yield (number of clips, the answers with these clips only), of answers to clips x crops views."
+    for count, at in evaluation.fewer_clips(clips).items():
+        views = [clip*crops + crop for clip in at.tolist() for crop in range(crops)]
+        yield count, replace(answers, local=answers.local[:, views], global_=answers.global_[:, views])      # one at a time: of a large test list they are large
+
+# %% ../nbs/16_schedule.ipynb #03d06489
+def _order(right, sources, **options):
+    "{order: {method: {top1, change}}} of {order: {method: (N,) right or wrong}}; change, against the frames as they are, is (points, low, high)."
+    found = {order: {name: {"top1": float(r.mean())} for name, r in some.items()} for order, some in right.items()}
+    for order in found.keys() - {"original"}:
+        for name, entry in found[order].items(): entry["change"] = evaluation.paired_difference(right[order][name], right["original"][name], sources, **options)
+    return found
+
+# %% ../nbs/16_schedule.ipynb #503c4f6c
+def _against_construction(classes, spec, dominance, right, answers, resamples):
+    "{rank_correlation, wrong_side, by_kind}: the measured map beside what the generator built."
+    required, kinds = [miniactions.required_range(c, spec)[0] for c in classes], [miniactions.KIND[c] for c in classes]
+    codes = [{"local": 1, "balanced": 0, "global": -1}[k] for k in kinds]
+    return {"rank_correlation": evaluation.rank_correlation(-np.array(required), dominance.share),
+            "wrong_side": [c for c, k, g in zip(classes, kinds, dominance.group) if {k, g} == {"local", "global"}],
+            "by_kind": evaluation.by_group(right, answers.labels, codes, answers.sources, resamples=resamples)}
+
+# %% ../nbs/16_schedule.ipynb #e4f42413
+def _changes(right, other, labels, classes):
+    "[(class, videos, points)], most helped first, and (helped, hurt): places of the videos that only one of two got right."
+    gained = right.astype(int) - other.astype(int)
+    rows = [(name, int((labels == c).sum()), 100*float(gained[labels == c].mean())) for c, name in enumerate(classes) if (labels == c).any()]
+    return sorted(rows, key=lambda row: -row[2]), (np.flatnonzero(gained > 0).tolist(), np.flatnonzero(gained < 0).tolist())
+
+# %% ../nbs/16_schedule.ipynb #982cba11
+class _Scored(_Tested):
+    "And the scores."
     def _score(self, end):
+        "Chapter 14's scores of one model."
         ids, p = end.answers.ids, self.p
         lengths = [video.num_frames(self.records[i].path) if self.frames is None else len(self.frames[i]) for i in ids]
         return evaluation.evaluate(*end.pair, end.answers.labels, end.answers.sources, {n: f for n, f in end.fused.items() if n != "average"}, end.best,
                                    group_codes=end.model.map.group_codes, lengths=lengths, resamples=p.resamples, seed=p.seed)
 
-    def result(self):
-        "Accuracies with intervals, of the model and of its control, and their difference."
-        self.found, same = self._score(self.end), [evaluation.top_k_correct(end.fused["adaptive"], self.end.answers.labels) for end in (self.end, self.alone) if end]
-        self.found["control"] = {"kind": "equal steps", **self._score(self.alone)} if self.alone else None
-        if self.alone: self.found["distilled_minus_control"] = evaluation.paired_difference(*same, self.end.answers.sources, self.p.resamples, seed=self.p.seed)
-        if self.also:
-            names = ("top1", "top1_interval", "adaptive_minus_best_baseline")
-            self.found["also"] = {self.p.also: {n: value for n, value in self._score(self.also).items() if n in names}}
-        self.found["by_clips"], self.found["order"] = self._by_clips(), self._order()
-        if self.run.generated: self.found["construction"] = self._construction()
-        return self.found
+    def _right(self, answers):
+        "{method: (N,) right or wrong} of both streams, their mean and the adaptive fusion."
+        local, global_ = (z.exp() for z in training.calibrate(answers, self.model.temperature))
+        p = {"local": local, "global": global_, "average": (local + global_)/2, "adaptive": self.model.fusion(local, global_)}
+        return {name: evaluation.top_k_correct(q, answers.labels) for name, q in p.items()}
 
-    def _adaptive(self, local, global_):
-        "{method: probabilities} of both streams, their mean and the adaptive fusion, from calibrated log-probabilities."
-        p = {"local": local.exp(), "global": global_.exp()}
-        return p | {"average": (p["local"] + p["global"])/2, "adaptive": self.model.fusion(*p.values())}
-
-    def _by_clips(self):
-        "Accuracy with fewer of the protocol's clips."
-        answers, crops, found = self.end.answers, self.protocol["crops"], {}
-        for count, at in evaluation.fewer_clips(self.protocol["clips"]).items():
-            views = [clip*crops + crop for clip in at.tolist() for crop in range(crops)]
-            few = replace(answers, local=answers.local[:, views], global_=answers.global_[:, views])
-            found[str(count)] = {name: float(evaluation.top_k_correct(q, answers.labels).mean()) for name, q in self._adaptive(*training.calibrate(few, self.model.temperature)).items()}
-        return found
-
-    def _order(self):
-        "Accuracy with the frames of each clip in another order, and what that costs: [points, low, high] over sources."
-        right = {order: {name: evaluation.top_k_correct(q, a.labels) for name, q in self._adaptive(*training.calibrate(a, self.model.temperature)).items()} for order, a in self.reordered.items()}
-        sources, options = self.reordered["original"].sources, dict(resamples=self.p.resamples, seed=self.p.seed)
-        return {order: {name: {"top1": float(r.mean())} | ({"change": evaluation.paired_difference(r, right["original"][name], sources, **options)} if order != "original" else {})
-                        for name, r in some.items()} for order, some in right.items()}
+    def _adaptive(self): return [evaluation.top_k_correct(end.fused["adaptive"], self.end.answers.labels) for end in (self.end, self.alone) if end]
 
     def changes(self):
         "[(class, videos, points)]: what distillation changed in the adaptive answers of each class, against the control, most helped first; and (helped, hurt): places of the test videos."
-        right, other = (evaluation.top_k_correct(end.fused["adaptive"], end.answers.labels) for end in (self.end, self.alone))
-        labels = self.end.answers.labels.numpy()
-        gained = right.astype(int) - other.astype(int)
-        classes = [(name, int((labels == c).sum()), 100*float(gained[labels == c].mean())) for c, name in enumerate(self.classes) if (labels == c).any()]
-        return sorted(classes, key=lambda row: -row[2]), (np.flatnonzero(gained > 0).tolist(), np.flatnonzero(gained < 0).tolist())
+        return _changes(*self._adaptive(), self.end.answers.labels.numpy(), self.classes)
 
-    def _construction(self):
-        "Generated classes have a range they need: does the map follow it?"
-        required, kinds = [miniactions.required_range(c, self.spec)[0] for c in self.classes], [miniactions.KIND[c] for c in self.classes]
-        answers, (local, global_) = self.end.answers, self.end.pair
-        right = {name: evaluation.top_k_correct(q, answers.labels) for name, q in (("local", local.exp()), ("global", global_.exp()), ("adaptive", self.end.fused["adaptive"]))}
-        codes = [{"local": 1, "balanced": 0, "global": -1}[k] for k in kinds]
-        return {"rank_correlation": evaluation.rank_correlation(-np.array(required), self.model.map.share), "wrong_side": [c for c, k, g in zip(self.classes, kinds, self.model.map.group) if {k, g} == {"local", "global"}],
-                "by_kind": evaluation.by_group(right, answers.labels, codes, answers.sources, resamples=self.p.resamples)}
+    def result(self):
+        "Accuracies with intervals, of the model and of its control, and their difference."
+        p, answers, options = self.p, self.end.answers, dict(resamples=self.p.resamples, seed=self.p.seed)
+        found = self.found = self._score(self.end)
+        found["control"] = {"kind": "equal steps", **self._score(self.alone)} if self.alone else None
+        if self.alone: found["distilled_minus_control"] = evaluation.paired_difference(*self._adaptive(), answers.sources, **options)
+        names = ("top1", "top1_interval", "adaptive_minus_best_baseline")
+        if self.also: found["also"] = {p.also: {n: value for n, value in self._score(self.also).items() if n in names}}
+        found["by_clips"] = {str(count): {n: float(r.mean()) for n, r in self._right(few).items()} for count, few in _fewer(answers, self.protocol["clips"], self.protocol["crops"])}
+        found["order"] = _order({order: self._right(a) for order, a in self.reordered.items()}, self.reordered["original"].sources, **options)
+        if self.run.generated:
+            right = {n: r for n, r in self._right(answers).items() if n != "average"}
+            found["construction"] = _against_construction(self.classes, self.spec, self.model.map, right, answers, p.resamples)
+        return found
 
+# %% ../nbs/16_schedule.ipynb #e18d1579
+class Schedule(_Scored):
+    """The steps of a run: find, build, plan, read, warm_up, distil, fuse, result, record; `carry_out` takes them all.
+    Each raises what the chapters it calls raise; an experiment.Run keeps what they find."""
     def record(self):
         "Save the answers, complete the record of the run, and put it on the card of the model."
         run, p, answers, (local, global_) = self.run, self.p, self.end.answers, self.end.pair
@@ -226,12 +277,12 @@ class Schedule:
         run.save_predictions(ids=answers.ids, sources=answers.sources, labels=answers.labels, local_logits=local, global_logits=global_, weight=self.weight, classes=self.classes)
         epochs = [row for row in self.rows if row["stream"] == "local"]      # they come back with the checkpoints: a killed session's count too
         speed = len(epochs)*len(self.data["fit"])/sum(row["seconds"] for row in epochs) if epochs else 0.
-        made = {"generator": miniactions.generator_id(self.spec), "gap": self.spec.gap, "difficulty": self.spec.difficulty} if run.generated else {}
         skipped = sum(row["skipped"] for row in epochs)
+        made = {"generator": miniactions.generator_id(self.spec), "gap": self.spec.gap, "difficulty": self.spec.difficulty} if run.generated else {}
         about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, **made)
-        made = self.planned
-        if isinstance(made, plans.Plan): made = {"seconds": made.seconds, "memory_gib": made.memory/2**30, "disk_gib": made.disk/2**30}
-        record = run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=made, **self.found)
+        plan = self.planned
+        if isinstance(plan, plans.Plan): plan = {"seconds": plan.seconds, "memory_gib": plan.memory/2**30, "disk_gib": plan.disk/2**30}
+        record = run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=plan, **self.found)
         if run.main: self.model.save(run.checkpoints/"model", about=record)      # the same weights; their card now says what came out
         return record
 

@@ -167,6 +167,7 @@ class _Side(nn.Module):
     def __init__(self, stream): super().__init__(); self.stream = stream
     def forward(self, clip): return self.stream(clip)
 
+# %% ../nbs/13_training.ipynb #d738b25f
 class Trainer:
     "What a stage holds while it runs. A context manager; `step` takes one step. Raises ValueError where settings do not go together."
     def __init__(self,
@@ -259,6 +260,7 @@ def _piece(trainer, batch, number, pieces, look):
     for name, output in outputs.items(): sums[f"{name} right"] = mixture.accuracy(output.logits.detach()).float().sum()
     return sums | {"clips": clips, "labelled": (mixture.labels >= 0).sum().float()}, pulls
 
+# %% ../nbs/13_training.ipynb #f8386dfa
 def _needed(trainer, output):
     "The output, with the channels' means in place of feature maps where the losses look at nothing else."
     if not (trainer.school and trainer.school.pools): return output
@@ -268,6 +270,7 @@ def _everybodys(rows):
     "The rows of all processes, and the number of the first own one."
     return devices.gather_rows(rows), sum(devices.gather(len(rows))[:devices.processes()[0]])
 
+# %% ../nbs/13_training.ipynb #47a43f7a
 def _moved(view, trainer):
     view = view.to(trainer.device, trainer.dtype, non_blocking=True)
     return view.contiguous(memory_format=torch.channels_last_3d) if trainer.settings.channels_last and view.ndim == 5 else view
@@ -304,6 +307,7 @@ def _move(trainer, before):
     if t.in_a_row > t.settings.max_skipped: raise FloatingPointError(f"step {t.done}: the gradient was not finite in {t.in_a_row} steps in a row; lower learning_rate or the distillation weights, or set precision to float32 (max_skipped = {t.settings.max_skipped})")
     return False
 
+# %% ../nbs/13_training.ipynb #56e1f746
 def _join_statistics(trainer):
     "Running statistics become the mean over all processes, so that every one holds the model that is saved."
     buffers = [b for norm in trainer.norms for b in norm.buffers() if b.is_floating_point()]
@@ -311,6 +315,7 @@ def _join_statistics(trainer):
     joined = devices.total(torch.cat([b.flatten() for b in buffers]))/trainer.world
     for b, value in zip(buffers, joined.split([b.numel() for b in buffers])): b.copy_(value.view_as(b))
 
+# %% ../nbs/13_training.ipynb #c0b86b18
 def _check_split(settings, rank, world):
     if settings.batch_size % (world*settings.accumulate): raise ValueError(f"batch_size = {settings.batch_size} counts the clips of a step over {world} process(es) and {settings.accumulate} piece(s): choose a multiple of {world*settings.accumulate}")
     if world*settings.accumulate > 1 and settings.batch_size == world*settings.accumulate: raise ValueError(f"batch_size = {settings.batch_size} over {world} process(es) and {settings.accumulate} piece(s) leaves one clip each, which batch norm and mixing cannot use; double it, or lower accumulate")
@@ -384,6 +389,7 @@ class _Place:
         self.seen += sums.pop("clips", 0)
         for name, value in sums.items(): self.sums[name] = self.sums.get(name, 0.) + value
 
+# %% ../nbs/13_training.ipynb #779bda45
 def _same_everywhere(stage, found):
     "Raise CheckpointError where the processes do not go on from the same step."
     steps = devices.gather([found.step, found.done] if found else None)
@@ -393,6 +399,7 @@ def _same_everywhere(stage, found):
 class Stopped(Exception):
     "A signal asked the training to stop; what it had done is saved."
 
+# %% ../nbs/13_training.ipynb #26d882bb
 def train(
     model, # an MBD; trained in place
     data, # a ClipDataset with train=True: the fit part
@@ -452,11 +459,13 @@ def _one_step(trainer, place, read, data, stage):
     if not sums: place.skipped += 1
     place.add(sums); place.pulls = place.pulls or pulls
 
+# %% ../nbs/13_training.ipynb #aaef64e9
 def _agreed(flag, trainer):
     "Does any process ask for it? With several, they ask each other at every tenth step only."
     if trainer.world == 1: return flag
     return trainer.done % 10 == 0 and not devices.everyone(not flag)
 
+# %% ../nbs/13_training.ipynb #4b8ef33d
 def _end_epoch(trainer, place, stage, data, validate, workers, log):
     "Log the epoch, look at the validation part, and begin the next. Returns the accuracy of both streams' mean there, or None."
     t, sums, seen = trainer, place.sums, place.seen
@@ -477,6 +486,7 @@ def _end_epoch(trainer, place, stage, data, validate, workers, log):
     place.epoch, place.position, place.seen, place.seconds, place.waited, place.skipped, place.sums, place.pulls = place.epoch + 1, 0, 0, 0., 0., 0, {}, {}
     return score
 
+# %% ../nbs/13_training.ipynb #d20956ac
 def _rows(stage, place, sums, seen):
     "A line for each stream: means over the clips of the epoch; loss and accuracy over those with a label."
     labelled = max(float(sums.get("labelled", seen)), 1.)
@@ -485,6 +495,7 @@ def _rows(stage, place, sums, seen):
     return [dict(stage=stage, epoch=place.epoch + 1, stream=s, loss=mean[f"{s} loss"], accuracy=mean[f"{s} right"], seconds=place.seconds, waited=place.waited, skipped=place.skipped, **rest, **place.pulls.get(s, {}))
             for s in ("local", "global") if f"{s} loss" in mean]
 
+# %% ../nbs/13_training.ipynb #6bcbd1a2
 def _validate(trainer, data, workers):
     "Accuracy of the streams (of their averages, where there are any) and of the mean of their probabilities."
     streams = {name: trainer.averages[name].copy if name in trainer.averages else stream for name, stream in (("local", trainer.model.local), ("global", trainer.model.global_))}
@@ -528,6 +539,7 @@ class Predictions:
     ids: list             # N names
     embeddings: tuple     # (N, D_L) and (N, D_G), views averaged
 
+# %% ../nbs/13_training.ipynb #6a750711
 @torch.no_grad()
 def predict(
     model, # an MBD
@@ -563,6 +575,7 @@ def predict(
         if checkpoints and out and not (found and found.done): checkpoints.save(stage, number, out, data.failures, about, done=True)
     return _collected(out, data, world)
 
+# %% ../nbs/13_training.ipynb #ce99a8b3
 def _room(answers, videos, views):
     "Empty tensors for the logits and embeddings of so many videos."
     logits = {name: torch.full((videos, views, a.logits.shape[1]), math.nan) for name, a in answers.items()}
@@ -577,6 +590,7 @@ def _collected(out, data, world):
     if world > 1: out = {name: devices.gather_rows(value) for name, value in out.items()}
     return Predictions(out["local"][read], out["global_"][read], data.labels[read], [data.sources[i] for i in read], [data.records[i].id for i in read], (out["local embedding"][read], out["global_ embedding"][read]))
 
+# %% ../nbs/13_training.ipynb #d73b03d9
 def calibrate(
     predictions, # from `predict`
     temperature, # (2,), of the local and the global stream

@@ -118,7 +118,7 @@ def write_api(app):
     for name, path in wanted.items():
         module = importlib.import_module(f"mbd.{name}")
         constants = [n for n in module.__all__ if not callable(getattr(module, n))]
-        text = f"mbd.{name}\n{'=' * 30}\n\nBuilt in :doc:`/nbs/{path.stem}`.\n\n.. automodule:: mbd.{name}\n   :members:\n\n"
+        text = f"mbd.{name}\n{'=' * 30}\n\nBuilt in :doc:`/nbs/{path.stem}`.\n\n.. automodule:: mbd.{name}\n   :members:\n" + "   :inherited-members:\n" * (name == "schedule") + "\n"      # the steps of Schedule are methods of the classes it is built up from
         for n in constants: text += f".. autodata:: mbd.{name}.{n}\n" + "   :no-value:\n" * (len(repr(getattr(module, n))) > 200) + "\n"
         page = folder / f"{name}.rst"
         if not page.is_file() or page.read_text(encoding="utf-8") != text: page.write_text(text, encoding="utf-8")
