@@ -461,6 +461,7 @@ def analyse(
         if progress and state.total: progress(state.done, state.total)
     if costs is not None and not (len(costs) == 2 and all(math.isfinite(c) and c > 0 for c in costs)): raise ValueError(f"costs must be two numbers of GFLOPs above 0, not {costs!r}")
     if most < 100: raise ValueError(f"most must be at least 100 videos, not {most}")
+    if second is not None and Path(first).exists() and Path(second).exists() and Path(first).samefile(second): raise ValueError(f"both files are {first}: a model compared with itself; give the second model's file, or this one alone if it holds both")
     pair = _read_pair(first, second, names, part, tick)
     n, k, sources = len(pair.ids), len(pair.classes), int(pair.sources.max()) + 1
     if sources <= max(folds, 4): _refuse(first, f"{sources} sources in {n:,} videos, for {folds} folds", "a source is never cut: give more of them, or ask for fewer folds (at least 5 sources)")

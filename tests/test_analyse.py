@@ -171,6 +171,7 @@ def test_one_file_or_two(tmp_path):
     with pytest.raises(A.PredictionError, match="both.npz: the file holds two models"): A.analyse(both, single)
     with pytest.raises(A.PredictionError, match="single.npz: the file holds one model"): A.analyse(single)
     with pytest.raises(A.PredictionError, match="20 sources in 60 videos, for 20 folds"): A.analyse(both, folds=20)
+    with pytest.raises(ValueError, match="single.npz: a model compared with itself"): A.analyse(single, f"{tmp_path}/./single.npz")
     with pytest.raises(ValueError, match="costs"): A.analyse(both, costs=(1.0, 0.0))
 
 
