@@ -21,6 +21,44 @@ from .local_stream import LocalStream
 from .model import MBD
 from .settings import nearest
 
+# %% ../nbs/16_study.ipynb #aab972a6
+def _cell(value):
+    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if any(c in text for c in ',"\n\r'): raise ValueError(f"{text!r} cannot stand in a table: no commas, quotes or line breaks")
+    return text
+
+# %% ../nbs/16_study.ipynb #22ef519f
+def _whole(file):
+    "The text of a file up to its last end of line; what follows is cut off there."
+    data = file.read_bytes(); end = data.rfind(b"\n") + 1
+    if end < len(data): os.truncate(file, end)
+    return data[:end].decode()
+
+# %% ../nbs/16_study.ipynb #92611603
+def _number(text):
+    for kind in (int, float):
+        try: return kind(text)
+        except ValueError: pass
+    return text if text else None
+
+# %% ../nbs/16_study.ipynb #dc465a1a
+def _read(file):
+    text = file.read_text(encoding="utf-8")
+    lines = list(csv.reader(text[:text.rfind("\n") + 1].splitlines()))
+    wrong = [n for n, line in enumerate(lines, 1) if len(line) != len(lines[0])]
+    if wrong: raise ValueError(f"{file}, line {wrong[0]}: {len(lines[wrong[0] - 1])} values for {len(lines[0])} columns; mend or delete the line")
+    return [dict(zip(lines[0], map(_number, line))) for line in lines[1:]]
+
+# %% ../nbs/16_study.ipynb #24b1243c
+def _append(file, row):
+    "One line more. Raises ValueError where the file has other columns."
+    there = file.exists() and _whole(file)
+    if there:
+        columns = next(csv.reader([there.partition("\n")[0]]))
+        if list(row) != columns: raise ValueError(f"{file} has the columns {', '.join(columns)}, the new row {', '.join(row)}: give the changed study a folder of its own")
+    line = lambda values: ",".join(_cell(v) for v in values) + "\n"
+    with open(file, "ab") as out: out.write(("" if there else line(row)).encode() + line(row.values()).encode()); out.flush(); os.fsync(out.fileno())
+
 # %% ../nbs/16_study.ipynb #98347a8d
 class Table:
     "Rows of a study in CSV files, one a process. A row is written whole or not at all, and never changed. Raises ValueError naming the file."
@@ -42,37 +80,7 @@ class Table:
     def add(self, **row):
         "Append one row."
         self.folder.mkdir(parents=True, exist_ok=True)
-        there = self.file.exists() and _whole(self.file)
-        if there:
-            columns = next(csv.reader([there.partition("\n")[0]]))
-            if list(row) != columns: raise ValueError(f"{self.file} has the columns {', '.join(columns)}, the new row {', '.join(row)}: give the changed study a folder of its own")
-        line = lambda values: ",".join(_cell(v) for v in values) + "\n"
-        with open(self.file, "ab") as out: out.write(("" if there else line(row)).encode() + line(row.values()).encode()); out.flush(); os.fsync(out.fileno())
-
-# %% ../nbs/16_study.ipynb #aab972a6
-def _cell(value):
-    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-    if any(c in text for c in ',"\n\r'): raise ValueError(f"{text!r} cannot stand in a table: no commas, quotes or line breaks")
-    return text
-
-def _whole(file):
-    "The text of a file up to its last end of line; what follows is cut off there."
-    data = file.read_bytes(); end = data.rfind(b"\n") + 1
-    if end < len(data): os.truncate(file, end)
-    return data[:end].decode()
-
-def _number(text):
-    for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
-    return text if text else None
-
-def _read(file):
-    text = file.read_text(encoding="utf-8")
-    lines = list(csv.reader(text[:text.rfind("\n") + 1].splitlines()))
-    wrong = [n for n, line in enumerate(lines, 1) if len(line) != len(lines[0])]
-    if wrong: raise ValueError(f"{file}, line {wrong[0]}: {len(lines[wrong[0] - 1])} values for {len(lines[0])} columns; mend or delete the line")
-    return [dict(zip(lines[0], map(_number, line))) for line in lines[1:]]
+        _append(self.file, row)
 
 # %% ../nbs/16_study.ipynb #c22d1c25
 def grid(
@@ -82,6 +90,14 @@ def grid(
     "The cells of a grid, seed by seed."
     return [dict(zip(("seed", *axes), cell)) for cell in itertools.product(seeds, *axes.values())]
 
+# %% ../nbs/16_study.ipynb #b098ce7b
+def _mine(cells, shard):
+    "The cells of this process: those of every n-th seed."
+    number, of = shard
+    turn = {seed: k % of for k, seed in enumerate(dict.fromkeys(cell["seed"] for cell in cells))}
+    return [cell for cell in cells if turn[cell["seed"]] == number]
+
+# %% ../nbs/16_study.ipynb #edb5acbc
 def run_cells(
     table, # a Table
     cells, # of `grid`
@@ -89,10 +105,7 @@ def run_cells(
     progress=None, # called with (cells done, cells of this process)
 ) -> int: # cells that were done now
     "Do the cells that are not in the table yet, those of this process. An error in one of them is raised: what was finished before it is kept."
-    number, of = table.shard
-    turn = {seed: k % of for k, seed in enumerate(dict.fromkeys(cell["seed"] for cell in cells))}
-    mine = [cell for cell in cells if turn[cell["seed"]] == number]
-    done, now = table.done(), 0
+    mine, done, now = _mine(cells, table.shard), table.done(), 0
     for count, cell in enumerate(mine, 1):
         if tuple(str(cell[k]) for k in table.key) in done: continue
         begun = time.perf_counter()
@@ -114,6 +127,16 @@ class Contrast:
     against: str     # the strongest control, or the number
     sd: float        # of the difference between seeds
 
+# %% ../nbs/16_study.ipynb #3024e6a8
+def _student(differences, against):
+    "Student's test of a mean against 0."
+    from scipy import stats
+    d = np.asarray(differences, float); n, mean, sd = len(d), d.mean(), d.std(ddof=1)
+    if sd == 0: return Contrast(n, float(mean), float(mean), float(mean), float(mean == 0), against, 0.)
+    test = stats.ttest_1samp(d, 0.); ends = test.confidence_interval(.95)
+    return Contrast(n, float(mean), float(ends.low), float(ends.high), float(test.pvalue), against, float(sd))
+
+# %% ../nbs/16_study.ipynb #b845c14c
 def contrast(
     rows, # of a Table
     metric, # its column
@@ -133,13 +156,11 @@ def contrast(
     found = [_student([mine[s] - other[s] for s in seeds], name) for name, other in others.items()]
     return replace(min(found, key=lambda c: c.estimate), p=max(c.p for c in found))
 
-def _student(differences, against):
-    "Student's test of a mean against 0."
+# %% ../nbs/16_study.ipynb #63248e86
+def _power(n, effect, sd, alpha):
+    "Chance that n seeds show an effect that is there."
     from scipy import stats
-    d = np.asarray(differences, float); n, mean, sd = len(d), d.mean(), d.std(ddof=1)
-    if sd == 0: return Contrast(n, float(mean), float(mean), float(mean), float(mean == 0), against, 0.)
-    test = stats.ttest_1samp(d, 0.); ends = test.confidence_interval(.95)
-    return Contrast(n, float(mean), float(ends.low), float(ends.high), float(test.pvalue), against, float(sd))
+    return stats.nct.sf(stats.t.isf(alpha/2, n - 1), n - 1, math.sqrt(n)*effect/sd)
 
 # %% ../nbs/16_study.ipynb #7af4eb84
 def seeds_needed(
@@ -150,10 +171,9 @@ def seeds_needed(
     least=8, # fewer are never taken
 ) -> int:
     "Seeds for a paired comparison."
-    from scipy import stats
     if not effect > 0 or not sd >= 0: raise ValueError(f"effect = {effect} must be above 0 and sd = {sd} at least 0")
     n = 2
-    while n < 10_000 and sd > 0 and stats.nct.sf(stats.t.isf(alpha/2, n - 1), n - 1, math.sqrt(n)*effect/sd) < power: n += 1
+    while n < 10_000 and sd > 0 and _power(n, effect, sd, alpha) < power: n += 1
     return max(n, least)
 
 # %% ../nbs/16_study.ipynb #a7321c4f
@@ -174,6 +194,7 @@ class Claim:
     where: dict = field(default_factory=dict)  # {column: value} that a row must have
     by: str = "arm"   # column in which arm and controls are named
 
+# %% ../nbs/16_study.ipynb #949181cc
 def read_claims(
     file, # claims.toml
 ) -> list:
@@ -202,19 +223,30 @@ def verdicts(
         return "holds" if c.estimate >= claim.effect and corrected[k] < .05 else "does not hold"
     return [(claim, c, corrected.get(k), word(k, claim, c)) for k, (claim, c) in enumerate(zip(claims, found))]
 
+# %% ../nbs/16_study.ipynb #af65dc7c
+def _difference(c, controls):
+    "The difference and its interval in hundredths, and the control where a claim has several."
+    if c is None: return ""
+    points = lambda x: f"{100*x:+.1f}"
+    return f"{points(c.estimate)} [{points(c.low)}, {points(c.high)}]" + (f" against {c.against}" if isinstance(controls, list) and len(controls) > 1 else "")
+
+# %% ../nbs/16_study.ipynb #f9cdb29b
+def _claim_line(claim, c, p, word, cells):
+    "A row of the table of claims."
+    against = claim.controls if isinstance(claim.controls, (int, float)) else ", ".join(claim.controls)
+    where = "".join(f", {k} = {v}" for k, v in claim.where.items())
+    return f"| {claim.paper} | {claim.says} | {cells}: {claim.metric} of *{claim.arm}* above {against}{where} | {c.n if c else 0} of {claim.seeds} | {_difference(c, claim.controls)} | {'' if p is None else f'{p:.2g}'} | **{word}** |"
+
+# %% ../nbs/16_study.ipynb #97289a11
 def claims_table(
     claims, reports, # as for `verdicts`
     place="", # what leads from the page that shows the table to the reports, as ../reports/
 ) -> str: # Markdown
     "The claims with their verdicts, each with a link to its cells."
     lines = ["| | claim | contrast | seeds | difference, in hundredths | p, Holm | verdict |", "|" + "---|"*7]
-    points = lambda x: f"{100*x:+.1f}"
     for claim, c, p, word in verdicts(claims, reports):
         cells = f"[{claim.study}]({place}{claim.study}/cells.csv)" if (Path(reports) / claim.study / "cells.csv").is_file() else claim.study
-        against = claim.controls if isinstance(claim.controls, (int, float)) else ", ".join(claim.controls)
-        numbers = "" if c is None else f"{points(c.estimate)} [{points(c.low)}, {points(c.high)}]" + (f" against {c.against}" if isinstance(claim.controls, list) and len(claim.controls) > 1 else "")
-        where = "".join(f", {k} = {v}" for k, v in claim.where.items())
-        lines.append(f"| {claim.paper} | {claim.says} | {cells}: {claim.metric} of *{claim.arm}* above {against}{where} | {c.n if c else 0} of {claim.seeds} | {numbers} | {'' if p is None else f'{p:.2g}'} | **{word}** |")
+        lines.append(_claim_line(claim, c, p, word, cells))
     return "\n".join(lines)
 
 # %% ../nbs/16_study.ipynb #2177c55c
@@ -244,37 +276,60 @@ class Setting:
     @property
     def hash(self): return hashlib.sha256(json.dumps([miniactions.VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:8]
 
-    def specs(self, seed): # of training and test list
-        knobs = dict(classes=self.classes, frames=self.frames, gap=self.gap, difficulty=self.difficulty)
-        return (miniactions.Spec(**knobs, train_groups=self.sources, test_groups=1, clips=self.per_source, seed=seed),
-                miniactions.Spec(**knobs, train_groups=1, test_groups=self.test_sources, clips=self.per_source, seed=seed + 10**6))
+    def specs(self, seed): return _specs(self, seed)
+
+# %% ../nbs/16_study.ipynb #19ded6f7
+def _specs(setting, seed):
+    "What is generated for the training list, and for the test list."
+    knobs = dict(classes=setting.classes, frames=setting.frames, gap=setting.gap, difficulty=setting.difficulty)
+    return (miniactions.Spec(**knobs, train_groups=setting.sources, test_groups=1, clips=setting.per_source, seed=seed),
+            miniactions.Spec(**knobs, train_groups=1, test_groups=setting.test_sources, clips=setting.per_source, seed=seed + 10**6))
+
+# %% ../nbs/16_study.ipynb #eccaddfe
+def _videos(setting, seed, folder, progress=None):
+    "The records of the training and the test list, and the frames of both by id. Generated where they are not there yet."
+    sets, frames = {}, {}
+    for part, spec in zip(("train", "test"), setting.specs(seed)):
+        place = folder / "sets" / miniactions.generator_id(spec).replace("/", "-")
+        miniactions.generate(place, spec=spec, progress=progress)
+        records = [replace(r, id=f"{part} {r.id}") for r in datasets.load("ucf101", place, 1, part).records]
+        frames |= clips.load_frames(records, size=64)[0]; sets[part] = records
+    return sets, frames
+
+# %% ../nbs/16_study.ipynb #318bae2d
+def _part(setting, k):
+    "Where the first video of the k-th source of a class goes."
+    if k < round(setting.labelled*(1 - setting.held_out)): return "fit"
+    return "held" if k < setting.labelled else "unlabelled"
+
+# %% ../nbs/16_study.ipynb #c3415d9d
+def _cut(setting, seed, records):
+    "Labelled records (the first video of each of the first sources of a random order), and the others without their label."
+    rng, sources = np.random.default_rng([seed, 1]), {}
+    for r in records: sources.setdefault((r.label, r.source), []).append(r)
+    parts = {"fit": [], "held": [], "unlabelled": []}
+    for label in sorted({label for label, _ in sources}):
+        names = [source for k, source in sorted(sources) if k == label]
+        if setting.labelled > len(names): raise ValueError(f"labelled = {setting.labelled}, but a class has {len(names)} sources: lower it, or raise sources")
+        for k, i in enumerate(rng.permutation(len(names))):
+            first, *others = sources[label, names[i]]
+            parts[_part(setting, k)].append(first if k < setting.labelled else replace(first, label=-1))
+            parts["unlabelled"] += [replace(r, label=-1) for r in others]
+    return parts
+
+# %% ../nbs/16_study.ipynb #812a4f60
+def _untrained(setting, seed):
+    "A small CNN and a small Transformer with the views of the setting."
+    torch.manual_seed(seed)
+    return MBD(LocalStream(len(setting.classes)), GlobalStream(len(setting.classes), frames=setting.global_.frames), list(setting.classes), setting.local, setting.global_)
 
 # %% ../nbs/16_study.ipynb #db8260b7
 class World:
     "The videos of a setting and a seed, cut into parts: fit, held, unlabelled, test; and the model after its warm-up."
     def __init__(self, setting, seed, folder, progress=None):
-        self.setting, self.seed, self.folder, self.sets, self.frames = setting, seed, Path(folder), {}, {}
-        for part, spec in zip(("train", "test"), setting.specs(seed)):
-            place = self.folder / "sets" / miniactions.generator_id(spec).replace("/", "-")
-            miniactions.generate(place, spec=spec, progress=progress)
-            records = [replace(r, id=f"{part} {r.id}") for r in datasets.load("ucf101", place, 1, part).records]
-            self.frames |= clips.load_frames(records, size=64)[0]; self.sets[part] = records
-        self.parts = self._cut(self.sets["train"]) | {"test": self.sets["test"]}
-
-    def _cut(self, records):
-        "Labelled records (the first video of each of the first sources of a random order), and the others without their label."
-        s, rng, sources = self.setting, np.random.default_rng([self.seed, 1]), {}
-        for r in records: sources.setdefault((r.label, r.source), []).append(r)
-        parts = {"fit": [], "held": [], "unlabelled": []}
-        for label in sorted({label for label, _ in sources}):
-            names = [source for k, source in sorted(sources) if k == label]
-            if s.labelled > len(names): raise ValueError(f"labelled = {s.labelled}, but a class has {len(names)} sources: lower it, or raise sources")
-            for k, i in enumerate(rng.permutation(len(names))):
-                first, *others = sources[label, names[i]]
-                known = k < s.labelled
-                parts["fit" if k < round(s.labelled*(1 - s.held_out)) else "held" if known else "unlabelled"].append(first if known else replace(first, label=-1))
-                parts["unlabelled"] += [replace(r, label=-1) for r in others]
-        return parts
+        self.setting, self.seed, self.folder = setting, seed, Path(folder)
+        self.sets, self.frames = _videos(setting, seed, self.folder, progress)
+        self.parts = _cut(setting, seed, self.sets["train"]) | {"test": self.sets["test"]}
 
     def data(self, records, train=False):
         return clips.ClipDataset(records, self.frames, self.setting.local, self.setting.global_, train=train, clips=self.setting.test_clips, augment=clips.AUGMENTATIONS["light"])
@@ -283,9 +338,7 @@ class World:
 
     def warm(self) -> MBD:
         "The model after warm-up, with its map and adaptive fusion; trained once and kept under the setting's hash."
-        s = self.setting
-        torch.manual_seed(self.seed)
-        model = MBD(LocalStream(len(s.classes)), GlobalStream(len(s.classes), frames=s.global_.frames), list(s.classes), s.local, s.global_)
+        s, model = self.setting, _untrained(self.setting, self.seed)
         kept = Checkpoints(self.folder / f"warm-{s.hash}-{self.seed}", keep=1, every=60)
         settings = training.Training(epochs=self.epochs(self.parts["fit"], s.warm_up), batch_size=s.batch_size, learning_rate=s.learning_rate, seed=self.seed)
         training.train(model, self.data(self.parts["fit"], True), settings, checkpoints=kept)
@@ -309,6 +362,7 @@ class Arm:
     groups: str = "map" # map: as measured; point: by the share alone; scrambled: the point groups dealt out anew
     fusion: str = "adaptive" # what lesson="fused" means: adaptive or mean
 
+# %% ../nbs/16_study.ipynb #41085781
 def regroup(
     map_, # a DominanceMap
     kind, # map, point or scrambled
@@ -320,6 +374,13 @@ def regroup(
     group = ["local" if share > map_.reference else "global" for share in map_.share.tolist()]
     return replace(map_, group=group if kind == "point" else [group[i] for i in np.random.default_rng([seed, 2]).permutation(len(group))])
 
+# %% ../nbs/16_study.ipynb #6889f0f0
+def _records(world, arm):
+    "The videos that an arm trains on."
+    if arm.teach is None or not world.setting.unlabelled: return world.parts["fit"]
+    return world.parts["fit"]*world.setting.repeat + world.parts["unlabelled"]
+
+# %% ../nbs/16_study.ipynb #3e855ad9
 def train_arm(
     world, # a World
     arm, # an Arm
@@ -328,11 +389,28 @@ def train_arm(
     s, model = world.setting, world.warm()
     model.map = regroup(model.map, arm.groups, world.seed)
     if arm.fusion == "mean": model.fusion = MeanFusion()
-    taught = arm.teach is not None and s.unlabelled
-    records = world.parts["fit"]*s.repeat + world.parts["unlabelled"] if taught else world.parts["fit"]
+    records = _records(world, arm)
     settings = training.Training(epochs=world.epochs(records, s.steps*arm.effort), batch_size=s.batch_size, learning_rate=s.arm_learning_rate, seed=world.seed + 1)
     training.train(model, world.data(records, True), settings, "arm", arm.teach)
     return world.measured(model)
+
+# %% ../nbs/16_study.ipynb #0a7b1827
+def _weaker(right, codes, labels):
+    "Accuracy of the stream that is the weaker on a video's class; codes are those of `DominanceMap.group_codes`."
+    return float(np.where(codes[labels].numpy() == 1, right["global"], right["local"]).mean())
+
+# %% ../nbs/16_study.ipynb #1031ae9d
+def _on_built(setting, right, labels):
+    "Accuracy of each stream on the classes built for either; None where the setting has none of a kind."
+    kind = np.array([miniactions.KIND[setting.classes[c]] for c in labels.tolist()])
+    pairs = (("local", "local"), ("local", "global"), ("global", "global"), ("global", "local"))
+    return {f"{name}_on_{built}": float(right[name][kind == built].mean()) if (kind == built).any() else None for name, built in pairs}
+
+# %% ../nbs/16_study.ipynb #60d093dd
+def _follows_range(setting, seed, share):
+    "Rank correlation of the classes' shares with their required ranges in frames, negated."
+    needed = [-miniactions.required_range(c, setting.specs(seed)[0])[0] for c in setting.classes]
+    return evaluation.rank_correlation(needed, share) if len(set(needed)) > 1 and share.std() > 0 else 0.
 
 # %% ../nbs/16_study.ipynb #a70ac58d
 def cka(
@@ -347,6 +425,17 @@ def cka(
     if below == 0: raise ValueError("the features of one side are the same for every video: there is nothing to compare")
     return float((y.T @ x).norm()**2 / below)
 
+# %% ../nbs/16_study.ipynb #c58b35a5
+def _apart(logs, labels, embeddings):
+    "How different the streams are: answers, what pooling saves, embeddings. logs: calibrated log-probabilities of both, (N, K) each."
+    first, second = (z.exp().argmax(1) for z in logs)
+    return {"disagreement": float((first != second).double().mean()), "ambiguity": float(ambiguity(*logs, labels)[2].mean()), "cka": cka(*embeddings)}
+
+# %% ../nbs/16_study.ipynb #54bcde01
+def _answers_of(fitted, p, embeddings):
+    "Probabilities of the plain average and of every fitted fusion."
+    return {"average": (p[0] + p[1])/2} | {name: f(*(p if f.inputs == "probabilities" else embeddings)) for name, f in fitted.items()}
+
 # %% ../nbs/16_study.ipynb #f5ebaad7
 def score_arm(
     world, # a World
@@ -354,25 +443,19 @@ def score_arm(
     fusions=("scalar",), # beside the adaptive one, as in `fit_all`
 ) -> dict:
     "A row of the table: accuracies (fractions of the test videos), by the kind the classes were built as, and how different the streams are. Call it after `train_arm`."
-    held, answers = world.data(world.parts["held"]), training.predict(model, world.data(world.parts["test"]), batch_size=100)
-    fitted, best = training.fit_fusions(model, held, names=list(fusions))
+    s, answers = world.setting, training.predict(model, world.data(world.parts["test"]), batch_size=100)
+    fitted, best = training.fit_fusions(model, world.data(world.parts["held"]), names=list(fusions))
     logs = training.calibrate(answers, model.temperature)
     p, y = [z.exp() for z in logs], answers.labels
-    fused = {"average": (p[0] + p[1])/2} | {name: f(*(p if f.inputs == "probabilities" else answers.embeddings)) for name, f in fitted.items()}
+    fused = _answers_of(fitted, p, answers.embeddings)
     right = {name: evaluation.top_k_correct(q, y) for name, q in (("local", p[0]), ("global", p[1]), *fused.items())}
-    kind = np.array([miniactions.KIND[world.setting.classes[c]] for c in y.tolist()])
-    top = lambda name, *kinds: float(right[name][np.isin(kind, kinds)].mean()) if kinds and np.isin(kind, kinds).any() else None
     row = {name: float(r.mean()) for name, r in right.items() if name in ("local", "global", "average", "adaptive")}
     row |= {"best_baseline": float(right[best].mean()), "oracle": float(evaluation.oracle(right["local"], right["global"]).mean())}
-    row |= {"local_on_local": top("local", "local"), "local_on_global": top("local", "global"), "global_on_global": top("global", "global"), "global_on_local": top("global", "local")}
-    needed = [-miniactions.required_range(c, world.setting.specs(world.seed)[0])[0] for c in world.setting.classes]
-    row |= {"share_follows_range": evaluation.rank_correlation(needed, model.map.share) if len(set(needed)) > 1 and model.map.share.std() > 0 else 0.}
-    codes = world.start.group_codes[y].numpy()
-    row |= {"adaptive_minus_best": row["adaptive"] - row["best_baseline"], "gain": row["adaptive"] - max(row["local"], row["global"]), "non_dominant": float(np.where(codes == 1, right["global"], right["local"]).mean())}
+    row |= _on_built(s, right, y) | {"share_follows_range": _follows_range(s, world.seed, model.map.share)}
+    row |= {"adaptive_minus_best": row["adaptive"] - row["best_baseline"], "gain": row["adaptive"] - max(row["local"], row["global"]), "non_dominant": _weaker(right, world.start.group_codes, y)}
     row |= {f"fusion_{name}": float(r.mean()) for name, r in right.items() if name in fusions}
-    row |= {"nll": float(-fused["adaptive"].gather(1, y[:, None]).clamp_min(1e-12).log().mean()), "disagreement": float((p[0].argmax(1) != p[1].argmax(1)).double().mean()),
-            "ambiguity": float(ambiguity(*logs, y)[2].mean()), "cka": cka(*answers.embeddings)}
-    return row | {"local_classes": model.map.group.count("local"), "global_classes": model.map.group.count("global"), "generator": miniactions.generator_id(world.setting.specs(world.seed)[0])}
+    row |= {"nll": float(-fused["adaptive"].gather(1, y[:, None]).clamp_min(1e-12).log().mean())} | _apart(logs, y, answers.embeddings)
+    return row | {"local_classes": model.map.group.count("local"), "global_classes": model.map.group.count("global"), "generator": miniactions.generator_id(s.specs(world.seed)[0])}
 
 # %% ../nbs/16_study.ipynb #139183cf
 @dataclass(frozen=True)
@@ -383,23 +466,39 @@ class Study:
     settings: dict  # name -> Setting
     arms: dict      # name -> Arm
 
+# %% ../nbs/16_study.ipynb #8adff3ef
 _CO = Distillation(intermediate_weight=0., final_weight=1., temperature=1., only_right_teacher=False, sure_above=.8)      # few labels: the last layer, where the teacher is sure
 _BOTH = replace(_CO, arm="both")
 FEW_LABELS = Study("study_few_labels", "few labels, many videos", {f"{n} labels": Setting(labelled=n) for n in (10, 20, 50)}, {
     "supervised": Arm(), "supervised equal operations": Arm(effort=4/3), "self-training": Arm(replace(_BOTH, lesson="self")), "mean teaches both": Arm(replace(_BOTH, lesson="fused"), fusion="mean"),
     "fusion teaches both": Arm(replace(_BOTH, lesson="fused")), "directed": Arm(_CO, groups="point"), "dominant teaches both": Arm(replace(_BOTH, lesson="dominant"), groups="point"), "reversed": Arm(replace(_CO, arm="reversed"), groups="point"),
     "scrambled": Arm(replace(_BOTH, lesson="dominant"), groups="scrambled"), "both ways": Arm(_BOTH)})
+
+# %% ../nbs/16_study.ipynb #08115c9e
 _ALL, _LAST = Distillation(), Distillation(intermediate_weight=0.)
 FULL_LABELS = Study("study_full_labels", "a label for every video", {"all labels": Setting(labelled=97, warm_up=600, unlabelled=False)}, {
     "none": Arm(), "none equal operations": Arm(effort=4/3), "directed": Arm(_ALL, groups="point"), "both ways": Arm(replace(_ALL, arm="both")), "reversed": Arm(replace(_ALL, arm="reversed"), groups="point"),
     "scrambled": Arm(_ALL, groups="scrambled"), "CNN teaches": Arm(replace(_ALL, arm="to_global")), "Transformer teaches": Arm(replace(_ALL, arm="to_local")), "live peers": Arm(replace(_ALL, arm="both", teacher="live")),
     "self": Arm(replace(_LAST, arm="both", lesson="self")), "fusion teaches both": Arm(replace(_LAST, arm="both", lesson="fused")), "final only": Arm(_LAST, groups="point"),
     **{f"{kind} only": Arm(Distillation(final_weight=0., intermediate=kind), groups="point") for kind in ("relation", "logit", "hint", "attention")}})
+
+# %% ../nbs/16_study.ipynb #7d4219af
 WEIGHTS = Study("study_weights", "how much distillation: what it does to the streams' difference", {"50 labels": Setting(labelled=50)}, {
     "supervised": Arm(), **{f"{name} {w:g}": Arm(replace(teach, final_weight=w), groups="point") for name, teach in (("directed", _CO), ("both ways", _BOTH)) for w in (.1, .3, 1., 3., 10.)}})
+
+# %% ../nbs/16_study.ipynb #c99d0ea4
 def _long(frames): return Setting(labelled=97, per_source=1, frames=frames, gap=max(5, round(.4*frames) - 8), unlabelled=False, test_clips=max(1, frames // 32), global_=clips.View(max(11, frames // 8), 3, 24, sampling="segments"))
 LENGTH = Study("study_length", "long videos: the gap between the phases grows with them", {f"{n} frames": _long(n) for n in (32, 64, 128, 256)}, {"none": Arm(), "directed": Arm(_ALL, groups="point")})
+
+# %% ../nbs/16_study.ipynb #8a6015e3
 STUDIES = {s.name: s for s in (FEW_LABELS, FULL_LABELS, WEIGHTS, LENGTH)}
+
+# %% ../nbs/16_study.ipynb #b5c7aa53
+def _chosen(study, kind, wanted, known):
+    "The wanted names, or all. Raises ValueError on one that is not there."
+    odd = [w for w in wanted or () if w not in known]
+    if odd: raise ValueError(f"{study.name} has no {kind} {odd[0]!r}; {nearest(odd[0], list(known))}")
+    return list(wanted or known)
 
 # %% ../nbs/16_study.ipynb #3e1ce942
 def run_study(
@@ -413,11 +512,7 @@ def run_study(
     progress=None, # called with (cells done, cells of this process)
 ) -> list: # the rows of the table
     "Do the cells of a study that are not in its table yet. Raises ValueError naming a setting or arm it does not have."
-    chosen = {}
-    for name, wanted, known in (("setting", settings, study.settings), ("arm", arms, study.arms)):
-        odd = [w for w in wanted or () if w not in known]
-        if odd: raise ValueError(f"{study.name} has no {name} {odd[0]!r}; {nearest(odd[0], list(known))}")
-        chosen[name] = list(wanted or known)
+    chosen = {"setting": _chosen(study, "setting", settings, study.settings), "arm": _chosen(study, "arm", arms, study.arms)}
     table, last = Table(Path(reports) / study.name, ("seed", "setting", "arm"), shard), {}
     def work(seed, setting, arm):
         if last.get("key") != (seed, setting): last.clear(); last.update(key=(seed, setting), world=World(study.settings[setting], seed, worlds))
@@ -428,6 +523,15 @@ def run_study(
 # %% ../nbs/16_study.ipynb #dad85ff3
 DAMAGE = {"clean": None, **{f"{kind} in {stream}": (stream, kind, strength) for stream in ("local", "global") for kind, strength in (("noise", 1.), ("drop", .5))}}
 
+# %% ../nbs/16_study.ipynb #69bfce4d
+def _asked(world, names):
+    "Calibrated probabilities of both streams on the test videos, the labels, and the fusions fitted on the held-out ones."
+    model = world.warm()
+    answers = training.predict(model, world.data(world.parts["test"]), batch_size=100)
+    fitted, _ = training.fit_fusions(model, world.data(world.parts["held"]), names=names)
+    return [z.exp() for z in training.calibrate(answers, model.temperature)], answers.labels, fitted
+
+# %% ../nbs/16_study.ipynb #589d6d21
 def run_fusions(
     setting, # a Setting
     seeds, reports, worlds, shard=(0, 1), progress=None, # as for `run_study`
@@ -435,13 +539,9 @@ def run_fusions(
     "Top-1 of every fusion on the test videos, clean and damaged."
     table, last = Table(Path(reports) / "study_fusion", ("seed", "setting", "arm"), shard), {}
     names = ("local", "global", "average", "scalar", "class", "entropy", "stacking", "gate", "adaptive")
-    def prepare(seed):
-        world = World(setting, seed, worlds); model = world.warm()
-        answers = training.predict(model, world.data(world.parts["test"]), batch_size=100)
-        fitted, _ = training.fit_fusions(model, world.data(world.parts["held"]), names=names[2:])
-        return [z.exp() for z in training.calibrate(answers, model.temperature)], answers.labels, fitted
+    world = lambda seed: World(setting, seed, worlds)      # `work` has a setting of its own: the damage
     def work(seed, setting, arm):
-        if last.get("seed") != seed: last.clear(); last.update(seed=seed, found=prepare(seed))
+        if last.get("seed") != seed: last.clear(); last.update(seed=seed, found=_asked(world(seed), names[2:]))
         (local, global_), labels, fitted = last["found"]
         p = {"local": local, "global": global_}
         if DAMAGE[setting]: stream, kind, strength = DAMAGE[setting]; p[stream] = corrupt(p[stream], kind, strength, seed)
