@@ -372,7 +372,10 @@ def regroup(
     if kind == "map": return map_
     if kind not in ("point", "scrambled"): raise ValueError(f"groups = {kind!r}: choose map, point or scrambled")
     group = ["local" if share > map_.reference else "global" for share in map_.share.tolist()]
-    return replace(map_, group=group if kind == "point" else [group[i] for i in np.random.default_rng([seed, 2]).permutation(len(group))])
+    if kind == "point" or len(set(group)) < 2: return replace(map_, group=group)
+    rng, dealt = np.random.default_rng([seed, 2]), group
+    while dealt == group: dealt = [group[i] for i in rng.permutation(len(group))]      # by chance they may come back as they were, and that is no control
+    return replace(map_, group=dealt)
 
 # %% ../nbs/16_study.ipynb #6889f0f0
 def _records(world, arm):

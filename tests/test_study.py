@@ -142,6 +142,7 @@ def a_map(): return DominanceMap(list("abcd"), [8]*4, [4]*4, [.8, .55, .45, .2],
 def test_groups_by_point_and_dealt_out_anew():
     assert regroup(a_map(), "map").group == ["balanced"]*4 and regroup(a_map(), "point").group == ["local", "local", "global", "global"]
     dealt = [tuple(regroup(a_map(), "scrambled", s).group) for s in range(20)]
+    assert tuple(regroup(a_map(), "point").group) not in dealt      # the measured map is no control of itself
     assert all(sorted(g) == sorted(["local", "local", "global", "global"]) for g in dealt) and len(set(dealt)) > 3
     with pytest.raises(ValueError, match="map, point or scrambled"): regroup(a_map(), "guess")
 

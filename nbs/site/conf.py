@@ -161,8 +161,13 @@ def mathml(writer, node):
     raise nodes.SkipNode
 
 
-def front_page(app, exception):
-    if not exception and app.builder.format == "html": shutil.copy(Path(app.outdir) / "README.html", Path(app.outdir) / "index.html")
+def finish(app, exception):
+    "The front page; and the tables of the studies, to which outputs of notebooks link"
+    if exception or app.builder.format != "html": return
+    shutil.copy(Path(app.outdir) / "README.html", Path(app.outdir) / "index.html")
+    for table in ROOT.glob("reports/study_*/cells.csv"):
+        place = Path(app.outdir) / table.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True); shutil.copy(table, place)
 
 
 def setup(app):
@@ -172,5 +177,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", document)
     app.connect("autodoc-skip-member", keep)
     app.connect("doctree-read", tidy)
-    app.connect("build-finished", front_page)
+    app.connect("build-finished", finish)
     app.add_html_math_renderer("mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None))
