@@ -504,6 +504,5 @@ def main(
         if os.environ.get("MBD_TRACEBACK"): raise
         print(f"mbd: {_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, ValueError)) else 1
-    return 0
 
 if __name__ == "__main__" and __spec__ is not None: sys.exit(main())          # python -m mbd.cli; a notebook has no spec
