@@ -1205,7 +1205,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mbd.study._power': ('study.html#_power', 'mbd/study.py'),
                            'mbd.study._read': ('study.html#_read', 'mbd/study.py'),
                            'mbd.study._records': ('study.html#_records', 'mbd/study.py'),
-                           'mbd.study._specs': ('study.html#_specs', 'mbd/study.py'),
                            'mbd.study._student': ('study.html#_student', 'mbd/study.py'),
                            'mbd.study._untrained': ('study.html#_untrained', 'mbd/study.py'),
                            'mbd.study._videos': ('study.html#_videos', 'mbd/study.py'),

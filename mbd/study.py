@@ -276,14 +276,10 @@ class Setting:
     @property
     def hash(self): return hashlib.sha256(json.dumps([miniactions.VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:8]
 
-    def specs(self, seed): return _specs(self, seed)
-
-# %% ../nbs/16_study.ipynb #19ded6f7
-def _specs(setting, seed):
-    "What is generated for the training list, and for the test list."
-    knobs = dict(classes=setting.classes, frames=setting.frames, gap=setting.gap, difficulty=setting.difficulty)
-    return (miniactions.Spec(**knobs, train_groups=setting.sources, test_groups=1, clips=setting.per_source, seed=seed),
-            miniactions.Spec(**knobs, train_groups=1, test_groups=setting.test_sources, clips=setting.per_source, seed=seed + 10**6))
+    def specs(self, seed): # of the training list and of the test list
+        knobs = dict(classes=self.classes, frames=self.frames, gap=self.gap, difficulty=self.difficulty)
+        return (miniactions.Spec(**knobs, train_groups=self.sources, test_groups=1, clips=self.per_source, seed=seed),
+                miniactions.Spec(**knobs, train_groups=1, test_groups=self.test_sources, clips=self.per_source, seed=seed + 10**6))
 
 # %% ../nbs/16_study.ipynb #eccaddfe
 def _videos(setting, seed, folder, progress=None):
@@ -328,8 +324,8 @@ class World:
     "The videos of a setting and a seed, cut into parts: fit, held, unlabelled, test; and the model after its warm-up."
     def __init__(self, setting, seed, folder, progress=None):
         self.setting, self.seed, self.folder = setting, seed, Path(folder)
-        self.sets, self.frames = _videos(setting, seed, self.folder, progress)
-        self.parts = _cut(setting, seed, self.sets["train"]) | {"test": self.sets["test"]}
+        lists, self.frames = _videos(setting, seed, self.folder, progress)
+        self.parts = _cut(setting, seed, lists["train"]) | {"test": lists["test"]}
 
     def data(self, records, train=False):
         return clips.ClipDataset(records, self.frames, self.setting.local, self.setting.global_, train=train, clips=self.setting.test_clips, augment=clips.AUGMENTATIONS["light"])

@@ -368,8 +368,8 @@ def test_an_exception_in_a_with_block_fails_the_run(start):
             1 / 0
     assert written(run)["status"] == "failed" and written(run)["reason"].startswith("ZeroDivisionError")
     with start() as run:
-        pass
-    assert "before run.complete()" in written(run)["reason"]
+        assert written(run)["status"] == "running"
+    assert written(run)["status"] == "failed" and "before run.complete()" in written(run)["reason"]
 
 
 def test_a_second_run_in_the_process_ends_the_first(start):
