@@ -44,6 +44,7 @@ class View:
         for name, known in (("sampling", ("dense", "segments", "shared")), ("resize", ("area", "bilinear"))):
             if getattr(self, name) not in known: raise ValueError(f"view: {name} = {getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
 
+# %% ../nbs/05_clips.ipynb #73362db0
 LOCAL_VIEW, GLOBAL_VIEW = View(16, 2, 56), View(8, 4, 28)   # of the hand-built streams: often and sharp; rarely and coarse
 
 # %% ../nbs/05_clips.ipynb #fb43f200
@@ -224,6 +225,7 @@ def _shrunk(shape, size):
     short = min(shape)
     return tuple(shape) if size is None or short <= size else tuple(round(n * size / short) for n in shape)
 
+# %% ../nbs/05_clips.ipynb #4dc1a47d
 def _shrink(frames, size):
     "uint8 (T, H, W, 3) with a short side of at most `size` pixels."
     shape = _shrunk(frames.shape[1:3], size)
@@ -231,6 +233,7 @@ def _shrink(frames, size):
     small = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size=shape, mode="area")
     return small.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
+# %% ../nbs/05_clips.ipynb #d40e6d6d
 def _decoded(path, size, max_frames):
     "A video as it is kept: uint8 (T, H, W, 3)."
     if max_frames is None: return _shrink(video.read_video(path), size)
@@ -275,6 +278,7 @@ def _stored(file):
     sound = isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames)
     return frames if sound else None
 
+# %% ../nbs/05_clips.ipynb #e946a726
 def _store(file, frames):
     "Write an entry: whole, or not at all."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -297,6 +301,20 @@ def _entry(record, folder, size, max_frames):
     key = json.dumps([1, path, stat.st_size, stat.st_mtime_ns, size, max_frames])      # 1: of this layout
     name = hashlib.sha256(key.encode()).hexdigest()[:40]
     return folder / name[:2] / f"{name}.npy"
+
+# %% ../nbs/05_clips.ipynb #7318809d
+def _fill(record, folder, size, max_frames, store):
+    "(file, where its bytes begin, shape) of a video's entry, made by `store(file, frames)` where it is missing; or the VideoError. Raises OSError where the disk is full."
+    try:
+        file = _entry(record, folder, size, max_frames)
+        if (frames := _stored(file)) is not None: return file, frames.offset, frames.shape
+        frames = _decoded(record.path, size, max_frames)
+        store(file, frames)
+        return file, os.path.getsize(file) - frames.nbytes, frames.shape
+    except video.VideoError as error: return error
+    except OSError as error:
+        if error.errno != errno.ENOSPC: raise
+        raise OSError(f"the disk of the cache {folder} is full: lower size or max_frames, or give another folder") from error
 
 # %% ../nbs/05_clips.ipynb #1dd46e2a
 class _Room:
@@ -325,6 +343,17 @@ class _Room:
 
     def took(self, more): self.used, self.new = self.used + more, self.new + more
 
+# %% ../nbs/05_clips.ipynb #cad87b43
+def _missing_bytes(records, index, folder, size, max_frames):
+    "What the videos of the index that are not yet in the cache will take."
+    total = 0
+    for record in records:
+        known = index.get(record.id)
+        try: missing = known and not _entry(record, folder, size, max_frames).exists()
+        except video.VideoError: continue
+        if missing: total += math.prod(_shrunk((known.height, known.width), size)) * 3 * min(known.count, max_frames or known.count)
+    return total
+
 # %% ../nbs/05_clips.ipynb #3c7c4b43
 class FrameCache(Mapping):
     "{id: uint8 (T, H, W, 3)}, decoded once and mapped from disk; stands in the place of `frames`. `unreadable` is {id: reason}. Raises OSError beyond `limit_gib`."
@@ -340,45 +369,24 @@ class FrameCache(Mapping):
     ):
         self.folder, self.size, self.max_frames = Path(folder or video.cache_folder()/"decoded"), size, max_frames
         self.records, self.unreadable, files = list(records), {}, {}
-        self._room, self._lock, self._sizes = _Room(self.folder, limit_gib), threading.Lock(), []
-        if index: self._room.check(whole := self._missing_bytes(index), whole)
+        room, lock, sizes = _Room(self.folder, limit_gib), threading.Lock(), []
+        if index: room.check(whole := _missing_bytes(self.records, index, self.folder, size, max_frames), whole)
+        def store(file, frames):
+            with lock:
+                sizes.append(frames.nbytes)
+                room.check(frames.nbytes, sum(sizes) / len(sizes) * len(self.records))
+                _store(file, frames); room.took(frames.nbytes)
+        fill = lambda record: _fill(record, self.folder, size, max_frames, store)
         first = os.getpid() * 7919 % max(1, len(self.records))
         turned = self.records[first:] + self.records[:first]
         with ThreadPoolExecutor(workers) as pool:
             try:
-                for done, (record, out) in enumerate(zip(turned, pool.map(self._fill, turned)), 1):
+                for done, (record, out) in enumerate(zip(turned, pool.map(fill, turned)), 1):
                     if isinstance(out, video.VideoError): self.unreadable[record.id] = out.problem
                     else: files[record.id] = out
                     if progress: progress(done, len(turned))
             except BaseException: pool.shutdown(cancel_futures=True); raise
         self.files = {r.id: files[r.id] for r in self.records if r.id in files}      # id -> (file, where its bytes begin, shape)
-        del self._room, self._lock
-
-    def _fill(self, record):
-        "The entry of a video, made where it is missing; or the VideoError."
-        try:
-            file = _entry(record, self.folder, self.size, self.max_frames)
-            if (frames := _stored(file)) is not None: return file, frames.offset, frames.shape
-            frames = _decoded(record.path, self.size, self.max_frames)
-            with self._lock:
-                self._sizes.append(frames.nbytes)
-                self._room.check(frames.nbytes, sum(self._sizes) / len(self._sizes) * len(self.records))
-                _store(file, frames); self._room.took(frames.nbytes)
-            return file, os.path.getsize(file) - frames.nbytes, frames.shape
-        except video.VideoError as error: return error
-        except OSError as error:
-            if error.errno != errno.ENOSPC: raise
-            raise OSError(f"the disk of the cache {self.folder} is full: lower size or max_frames, or give another folder") from error
-
-    def _missing_bytes(self, index):
-        "What the videos of the index that are not yet in the cache will take."
-        total = 0
-        for record in self.records:
-            known = index.get(record.id)
-            try: missing = known and not _entry(record, self.folder, self.size, self.max_frames).exists()
-            except video.VideoError: continue
-            if missing: total += math.prod(_shrunk((known.height, known.width), self.size)) * 3 * min(known.count, self.max_frames or known.count)
-        return total
 
     def __getitem__(self, id):
         file, begin, shape = self.files[id]
@@ -399,6 +407,18 @@ def frame_rate(
     with video._open(path) as (_, stream): rate = stream.average_rate or stream.guessed_rate
     if not rate: raise video.VideoError(path, "does not tell its frames per second; give rate, or a view with a stride in frames")
     return float(rate)
+
+# %% ../nbs/05_clips.ipynb #b020e309
+def _shape(known): return known.count, known.height, known.width
+
+def _may_flip(flip, label): return flip if isinstance(flip, bool) else label not in flip and (label >= 0 or not flip)     # without a label it might be one of these
+
+# %% ../nbs/05_clips.ipynb #45879b96
+def _fetch(path, plans, known):
+    "(frames, plans): the frames that the plans want, each once, and the plans with places among them."
+    wanted = np.unique(np.concatenate([index for _, _, times in plans for index, _, _ in times]))
+    frames = video.read_frames(path, wanted.tolist(), index=known) if known else video.read_frames(path, wanted.tolist())
+    return frames, [(view, where, [(np.searchsorted(wanted, index), t0, t1) for index, t0, t1 in times]) for view, where, times in plans]
 
 # %% ../nbs/05_clips.ipynb #b6edd512
 class ClipDataset(torch.utils.data.Dataset):
@@ -473,17 +493,6 @@ class ClipDataset(torch.utils.data.Dataset):
         if record.id not in self._rates: self._rates[record.id] = frame_rate(record.path)
         return self._rates[record.id]
 
-# %% ../nbs/05_clips.ipynb #b020e309
-def _shape(known): return known.count, known.height, known.width
-
-def _may_flip(flip, label): return flip if isinstance(flip, bool) else label not in flip and (label >= 0 or not flip)     # without a label it might be one of these
-
-def _fetch(path, plans, known):
-    "(frames, plans): the frames that the plans want, each once, and the plans with places among them."
-    wanted = np.unique(np.concatenate([index for _, _, times in plans for index, _, _ in times]))
-    frames = video.read_frames(path, wanted.tolist(), index=known) if known else video.read_frames(path, wanted.tolist())
-    return frames, [(view, where, [(np.searchsorted(wanted, index), t0, t1) for index, t0, t1 in times]) for view, where, times in plans]
-
 # %% ../nbs/05_clips.ipynb #24ea02fc
 _log = logging.getLogger("mbd.clips")
 
@@ -492,6 +501,7 @@ class _Failure(NamedTuple):
     index: int   # of the video
     reason: str
 
+# %% ../nbs/05_clips.ipynb #94c7d156
 def _collate(items):
     "(batch of the items that could be read, or None; the failures)."
     kept = [item for item in items if not isinstance(item, _Failure)]
@@ -547,6 +557,23 @@ class _Order:
             if self.shuffle: batch = batch[rank*len(batch) // world:(rank + 1)*len(batch) // world]
             yield [(i, seed, epoch) for i in batch]
 
+# %% ../nbs/05_clips.ipynb #5b425bbd
+def _count_failure(data, index, reason):
+    "Count and log a video once. Raises RuntimeError where there are now too many."
+    record = data.records[index]
+    if record.id in data.failures: return
+    data.failures[record.id] = reason
+    _log.warning("left out, cannot be read: %s: %s", record.path, reason)
+    _check_failures(data)
+
+def _check_failures(data):
+    "Raise RuntimeError where more than `max_failures` of the records could not be read."
+    if len(data.failures) <= data.max_failures * len(data.records): return
+    paths = {r.id: r.path for r in data.records if r.id in data.failures}
+    first = "; ".join(f"{paths[id]}: {why}" for id, why in list(data.failures.items())[:3])
+    raise RuntimeError(f"{len(data.failures)} of {len(data.records)} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * len(data.records))}: {first}"
+                       f"{'; ...' if len(data.failures) > 3 else ''}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
+
 # %% ../nbs/05_clips.ipynb #c4429ca2
 _PATIENCE = 600    # seconds that loader processes may be silent
 
@@ -575,23 +602,7 @@ class Batches:
             if "timed out" not in str(error): raise
             raise RuntimeError(f"no batch came for {_PATIENCE} seconds: a decoder hangs, or the disk is that slow. Run `mbd data check`, which lists every hanging file and which training then leaves out; or set workers to 0") from error
 
-# %% ../nbs/05_clips.ipynb #5b425bbd
-def _count_failure(data, index, reason):
-    "Count and log a video once. Raises RuntimeError where there are now too many."
-    record = data.records[index]
-    if record.id in data.failures: return
-    data.failures[record.id] = reason
-    _log.warning("left out, cannot be read: %s: %s", record.path, reason)
-    _check_failures(data)
-
-def _check_failures(data):
-    "Raise RuntimeError where more than `max_failures` of the records could not be read."
-    if len(data.failures) <= data.max_failures * len(data.records): return
-    paths = {r.id: r.path for r in data.records if r.id in data.failures}
-    first = "; ".join(f"{paths[id]}: {why}" for id, why in list(data.failures.items())[:3])
-    raise RuntimeError(f"{len(data.failures)} of {len(data.records)} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * len(data.records))}: {first}"
-                       f"{'; ...' if len(data.failures) > 3 else ''}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
-
+# %% ../nbs/05_clips.ipynb #10beef5c
 def batches(
     data, # a ClipDataset
     batch_size, # clips a batch
