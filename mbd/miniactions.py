@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'CLASSES', 'KIND', 'TWIN', 'VERSION', 'QUICK_GAP', 'QUICK', 'PHASE', 'VIEWS', 'LAYOUTS', 'Spec', 'check',
-           'sized', 'required_range', 'capsule', 'render', 'probe', 'sample', 'generator_id', 'generate']
+           'sized', 'required_range', 'capsule', 'render', 'sample', 'probe', 'generator_id', 'generate']
 
 # %% ../nbs/04_miniactions.ipynb #55a0a887
 import base64, hashlib, json, os, re, shutil, subprocess, sys, time
@@ -23,6 +23,8 @@ PAIRS = {
     ("SameHand", "OtherHand"): "global",             # XOR with a long gap
     ("ComesBack", "PassesThrough"): "global",        # side of entry XOR side of exit, longer gap
 }
+
+# %% ../nbs/04_miniactions.ipynb #d4d46388
 CLASSES = tuple(name for pair in PAIRS for name in pair)
 KIND = {name: kind for pair, kind in PAIRS.items() for name in pair}
 TWIN = {name: pair[1 - i] for pair in PAIRS for i, name in enumerate(pair)}
@@ -45,6 +47,7 @@ class Spec:
 VERSION = 1            # raised whenever the frames of an unchanged Spec would change
 QUICK_GAP, QUICK, PHASE = 3, 6, 8   # frames: the short gap, a quick raise, a slow phase
 
+# %% ../nbs/04_miniactions.ipynb #3de747fb
 def check(
     spec, # the record to check
 ):
@@ -117,6 +120,7 @@ def _background(rng, size, difficulty):
         picture = picture + np.exp(-((x - cx)**2 + (y - cy)**2) / radius**2) * rng.uniform(-.15, .15, 3) * difficulty
     return picture.clip(0, 1).astype(np.float32)
 
+# %% ../nbs/04_miniactions.ipynb #0e18b89f
 def _phase(t, start, length):
     "(T,) float: 0 outside [start, start + length), up and down over two frames inside."
     return np.clip(np.minimum(t - start + 1, start + length - t) / 2, 0, 1)
@@ -134,6 +138,7 @@ def _raises(name, t, gap, rng):
     up[second] = np.maximum(up[second], _phase(t, start + length + gap, length))
     return up
 
+# %% ../nbs/04_miniactions.ipynb #44ee94c0
 def _crossing(name, t, gap, rng):
     "(T,) float in -1..1: where the ball is; it comes in from one side, rests hidden behind the body (0) and leaves."
     gap = gap + 3
@@ -154,6 +159,7 @@ def _draw_push_up(canvas, centre, scale, look, side, lift):
     capsule(canvas, look["skin"], shoulder, hand, 1.8*scale)
     capsule(canvas, look["skin"], head, head, 4*scale)
 
+# %% ../nbs/04_miniactions.ipynb #894a64ac
 def _draw_person(canvas, centre, scale, look, up, flags=False):
     "A standing figure; `up` (2, T) in 0..1 is how far each arm is raised, `flags` puts yellow flags into its hands."
     at = lambda x, y: centre + scale*np.array([x, y])
@@ -201,6 +207,19 @@ def render(
 # %% ../nbs/04_miniactions.ipynb #484e7354
 VIEWS = {"single window": (2, 7, 16), "bag of windows": (2, 7, 16), "full clip, coarse": (4, None, 8), "full clip, fine": (2, None, 16)}   # spacing, samples, grid
 
+# %% ../nbs/04_miniactions.ipynb #5a003b6a
+def sample(
+    spec, # the set
+    pair, # two classes of it
+    groups=60, # groups a class
+    clips=2, # clips a group
+) -> tuple: # videos uint8 (N, T, S, S, 3), labels (N,), groups (N,)
+    "Freshly rendered videos of one pair, ready for `probe`; a group of the first class is another scene than that of the second."
+    made = [(name, g, c) for name in pair for g in range(1, groups + 1) for c in range(1, clips + 1)]
+    with ThreadPoolExecutor(2) as pool: videos = list(pool.map(lambda key: render(spec, *key), made))
+    return np.stack(videos), np.array([name == pair[0] for name, _, _ in made]), np.array([g + 1000*(name == pair[0]) for name, g, _ in made])
+
+# %% ../nbs/04_miniactions.ipynb #c63f35f7
 def _windows(videos, spacing, samples, grid):
     "(N, W, samples, D) float: windows of the videos as means over a grid of cells, each less its own median frame."
     cells = videos[:, ::spacing]
@@ -217,6 +236,7 @@ def _project(windows, train, number=12):
     _, axes = np.linalg.eigh(frames.T @ frames)
     return (windows @ axes[:, ::-1][:, :number]).reshape(*windows.shape[:2], -1)
 
+# %% ../nbs/04_miniactions.ipynb #16df9f45
 def _ridge(x, y, test, penalty=.1):
     "Scores of `test` by kernel ridge regression on (x, y) with the kernel (1 + u.v)^2."
     scale = np.sqrt((x**2).sum(1).mean()) + 1e-12; x, test = x/scale, test/scale
@@ -241,18 +261,6 @@ def probe(
     error = np.sqrt(sum((right[groups[test] == g] - mean).sum()**2 for g in np.unique(groups[test]))) / len(right)
     return float(mean), float(mean - 1.96*error), float(mean + 1.96*error)
 
-# %% ../nbs/04_miniactions.ipynb #5a003b6a
-def sample(
-    spec, # the set
-    pair, # two classes of it
-    groups=60, # groups a class
-    clips=2, # clips a group
-) -> tuple: # videos uint8 (N, T, S, S, 3), labels (N,), groups (N,)
-    "Freshly rendered videos of one pair, ready for `probe`; a group of the first class is another scene than that of the second."
-    made = [(name, g, c) for name in pair for g in range(1, groups + 1) for c in range(1, clips + 1)]
-    with ThreadPoolExecutor(2) as pool: videos = list(pool.map(lambda key: render(spec, *key), made))
-    return np.stack(videos), np.array([name == pair[0] for name, _, _ in made]), np.array([g + 1000*(name == pair[0]) for name, g, _ in made])
-
 # %% ../nbs/04_miniactions.ipynb #9507f802
 def generator_id(
     spec, # the set
@@ -261,6 +269,7 @@ def generator_id(
     knobs = {**asdict(spec), "difficulty": float(spec.difficulty)}      # 1 and 1.0 are one spec
     return f"{VERSION}/{hashlib.sha256(json.dumps([VERSION, knobs], sort_keys=True).encode()).hexdigest()[:8]}"
 
+# %% ../nbs/04_miniactions.ipynb #f7794ba4
 def _videos(spec, layout):
     "Every (class, group, clip, part) of the set. Test groups come first, as in UCF101's split 1; HMDB51 has videos on no list as well: one clip of one more group a class."
     parts = ["test"]*spec.test_groups + ["train"]*spec.train_groups + ["unused"]*(layout == "hmdb51")
@@ -269,6 +278,7 @@ def _videos(spec, layout):
 # %% ../nbs/04_miniactions.ipynb #5e1c7a11
 def _ucf101_file(name, group, clip, part): return f"UCF-101/{name}/v_{name}_g{group:02d}_c{clip:02d}.mp4"
 
+# %% ../nbs/04_miniactions.ipynb #56a3f0b9
 def _ucf101_lists(spec, videos):
     "{file name: text}"
     label = {name: i + 1 for i, name in enumerate(spec.classes)}
@@ -284,6 +294,7 @@ def _hmdb51_file(name, group, clip, part):
     film = _TITLES[group % len(_TITLES)].format(f"{name}_g{group:02d}")
     return f"hmdb51_org/{name}/{film}_{name}_f_cm_np1_fr_med_{clip - 1}.avi"      # whole body, moving camera, one person, from the front, medium quality
 
+# %% ../nbs/04_miniactions.ipynb #1a86d753
 def _hmdb51_lists(spec, videos):
     "{file name: text}"
     number, line = {"train": 1, "test": 2, "unused": 0}, lambda video: _hmdb51_file(*video).rpartition("/")[2]
@@ -295,6 +306,7 @@ def _film_id(name, group): return base64.urlsafe_b64encode(hashlib.sha256(f"{nam
 def _kinetics400_file(name, group, clip, part):
     return f"{'train' if part == 'train' else 'val'}/{name}/{_film_id(name, group)}_{10*(clip - 1):06d}_{10*clip:06d}.mp4"
 
+# %% ../nbs/04_miniactions.ipynb #7b7ddbab
 def _kinetics400_lists(spec, videos):
     "{file name: text}"
     rows = lambda wanted, word: "".join(f"{name},{_film_id(name, group)},{10*(clip - 1)},{10*clip},{word}\n" for name, group, clip, part in videos if part == wanted)
@@ -305,6 +317,7 @@ def _number(name, group, clip): return 10000*(CLASSES.index(name) + 1) + 100*gro
 
 def _ssv2_file(name, group, clip, part): return f"20bn-something-something-v2/{_number(name, group, clip)}.webm"
 
+# %% ../nbs/04_miniactions.ipynb #6504a9bb
 def _ssv2_lists(spec, videos):
     "{file name: text}"
     def entry(name, *video):
@@ -321,15 +334,15 @@ LAYOUTS = {  # benchmark -> (where a video goes, folder of the lists, what they 
     "ssv2": (_ssv2_file, "labels", _ssv2_lists),
 }
 
-# %% ../nbs/04_miniactions.ipynb #8dd9b5ef
-def _work(folder, shard, shards, parent):
-    "Make what is missing of every `shards`-th video of the set described in `folder`, beginning with number `shard`, while process `parent` lives."
-    spec, layout, _, _ = _read_spec(folder)
-    for name, group, clip, part in _videos(spec, layout)[shard::shards]:          # of all videos: what is missing changes while others work
-        if os.getppid() != parent: return
-        path = folder/LAYOUTS[layout][0](name, group, clip, part)
-        if not path.exists(): write_video(path, render(spec, name, group, clip))
+# %% ../nbs/04_miniactions.ipynb #fc5816ce
+def _write_atomic(path, text):
+    part = path.with_name(f".{path.name}.{os.getpid()}.part"); part.write_text(text); os.replace(part, path)
 
+def _describe(folder, spec, layout, status):
+    classes = {name: dict(kind=KIND[name], twin=TWIN[name], required_range=required_range(name, spec)) for name in spec.classes}
+    _write_atomic(folder/"miniactions.json", json.dumps(dict(status=status, generator=generator_id(spec), layout=layout, spec=asdict(spec), classes=classes), indent=1))
+
+# %% ../nbs/04_miniactions.ipynb #46f98ea0
 def _read_spec(folder):
     "(Spec, layout, version, status) of the set in `folder`. Raises ValueError if its miniactions.json cannot be used."
     file = folder/"miniactions.json"
@@ -340,6 +353,46 @@ def _read_spec(folder):
         if layout not in LAYOUTS: raise ValueError(f"layout {layout!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error: raise ValueError(f"{file}: not the description of a generated set ({error}); delete the folder and generate anew") from error
     return spec, layout, version, status
+
+# %% ../nbs/04_miniactions.ipynb #d13fe440
+def _drop_lists(folder):
+    "Take all lists away at once, and what an interrupted attempt left."
+    if folder.is_dir(): os.replace(folder, folder.with_name(f".{folder.name}.{os.getpid()}.old.part"))
+    for left in folder.parent.glob(f".{folder.name}.*.part"): shutil.rmtree(left)
+
+def _write_lists(folder, texts):
+    "Put all lists in place at once, unless they are there."
+    if all((folder/name).is_file() and (folder/name).read_bytes() == text.encode() for name, text in texts.items()): return
+    _drop_lists(folder)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part"); part.mkdir()
+    for name, text in texts.items(): (part/name).write_bytes(text.encode())
+    os.replace(part, folder)
+
+# %% ../nbs/04_miniactions.ipynb #8dd9b5ef
+def _work(folder, shard, shards, parent):
+    "Make what is missing of every `shards`-th video of the set described in `folder`, beginning with number `shard`, while process `parent` lives."
+    spec, layout, _, _ = _read_spec(folder)
+    for name, group, clip, part in _videos(spec, layout)[shard::shards]:          # of all videos: what is missing changes while others work
+        if os.getppid() != parent: return
+        path = folder/LAYOUTS[layout][0](name, group, clip, part)
+        if not path.exists(): write_video(path, render(spec, name, group, clip))
+
+# %% ../nbs/04_miniactions.ipynb #ee4c35c8
+def _run_workers(folder, workers, there, total, progress):
+    code = "import sys; from pathlib import Path; from mbd.miniactions import _work; _work(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
+    start = lambda i: subprocess.Popen([sys.executable, "-c", code, str(folder), str(i), str(workers), str(os.getpid())], env=environment, stderr=subprocess.PIPE, text=True)
+    processes = [start(i) for i in range(workers)]
+    try:
+        while any(p.poll() is None for p in processes):
+            time.sleep(.5)
+            done = there()
+            if progress and done < total: progress(done, total)
+        if progress: progress(there(), total)
+        for p in processes:
+            if p.returncode: raise RuntimeError(f"{folder}: a generator worker failed; what was made is kept, run again to go on\n{p.stderr.read()[-2000:]}")
+    finally:
+        for p in processes: p.kill(); p.wait(); p.stderr.close()
 
 # %% ../nbs/04_miniactions.ipynb #f3d31275
 def generate(
@@ -378,40 +431,3 @@ def generate(
             for part in place.glob(".*.part"): part.unlink(missing_ok=True)
     _write_lists(folder/lists, texts(spec, videos)); _describe(folder, spec, layout, "complete")
     return folder
-
-# %% ../nbs/04_miniactions.ipynb #fc5816ce
-def _write_atomic(path, text):
-    part = path.with_name(f".{path.name}.{os.getpid()}.part"); part.write_text(text); os.replace(part, path)
-
-def _describe(folder, spec, layout, status):
-    classes = {name: dict(kind=KIND[name], twin=TWIN[name], required_range=required_range(name, spec)) for name in spec.classes}
-    _write_atomic(folder/"miniactions.json", json.dumps(dict(status=status, generator=generator_id(spec), layout=layout, spec=asdict(spec), classes=classes), indent=1))
-
-def _drop_lists(folder):
-    "Take all lists away at once, and what an interrupted attempt left."
-    if folder.is_dir(): os.replace(folder, folder.with_name(f".{folder.name}.{os.getpid()}.old.part"))
-    for left in folder.parent.glob(f".{folder.name}.*.part"): shutil.rmtree(left)
-
-def _write_lists(folder, texts):
-    "Put all lists in place at once, unless they are there."
-    if all((folder/name).is_file() and (folder/name).read_bytes() == text.encode() for name, text in texts.items()): return
-    _drop_lists(folder)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part"); part.mkdir()
-    for name, text in texts.items(): (part/name).write_bytes(text.encode())
-    os.replace(part, folder)
-
-def _run_workers(folder, workers, there, total, progress):
-    code = "import sys; from pathlib import Path; from mbd.miniactions import _work; _work(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
-    start = lambda i: subprocess.Popen([sys.executable, "-c", code, str(folder), str(i), str(workers), str(os.getpid())], env=environment, stderr=subprocess.PIPE, text=True)
-    processes = [start(i) for i in range(workers)]
-    try:
-        while any(p.poll() is None for p in processes):
-            time.sleep(.5)
-            done = there()
-            if progress and done < total: progress(done, total)
-        if progress: progress(there(), total)
-        for p in processes:
-            if p.returncode: raise RuntimeError(f"{folder}: a generator worker failed; what was made is kept, run again to go on\n{p.stderr.read()[-2000:]}")
-    finally:
-        for p in processes: p.kill(); p.wait(); p.stderr.close()

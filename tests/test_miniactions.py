@@ -175,7 +175,9 @@ def test_probe_finds_nothing_in_windows_and_a_leak_when_there_is_one():
         labels, groups = np.array([k[0] == pair[0] for k in keys]), np.array([k[1] + 1000 * (k[0] == pair[0]) for k in keys])
         return {view: probe(frames, labels, groups, view) for view in views}
     built, leaky = accuracy(13, "single window", "bag of windows", "full clip, coarse"), accuracy(0, "bag of windows")
-    for view in ("single window", "bag of windows"): assert built[view][0] < .65 and built[view][1] < .5, f"the pair leaks into a {view}: {built[view]}"
+    for view in ("single window", "bag of windows"):      # far below one half is a leak too, turned round
+        found, low, high = built[view]
+        assert abs(found - .5) < .15 and abs(found - .5) <= 3 / 1.96 * (high - low) / 2, f"the pair leaks into a {view}: {built[view]}"
     assert built["full clip, coarse"][0] > .85
     assert leaky["bag of windows"][1] > .6
 
