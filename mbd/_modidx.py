@@ -219,6 +219,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mbd.compare._generated': ('compare.html#_generated', 'mbd/compare.py'),
                              'mbd.compare._name': ('compare.html#_name', 'mbd/compare.py'),
                              'mbd.compare._numbers': ('compare.html#_numbers', 'mbd/compare.py'),
+                             'mbd.compare._published_row': ('compare.html#_published_row', 'mbd/compare.py'),
                              'mbd.compare._recipe': ('compare.html#_recipe', 'mbd/compare.py'),
                              'mbd.compare._value': ('compare.html#_value', 'mbd/compare.py'),
                              'mbd.compare._with': ('compare.html#_with', 'mbd/compare.py'),

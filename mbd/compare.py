@@ -11,6 +11,7 @@ import csv, itertools, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from scipy import stats
 from . import evaluation, plots
 from .account import table
 from .pairs import find_pair
@@ -37,23 +38,28 @@ class Published:
     @property
     def views(self) -> int | None: return self.clips*self.crops if self.clips and self.crops else None
 
+# %% ../nbs/compare.ipynb #ca4e0002
+def _published_row(row, columns):
+    "A line of the CSV file, checked. Raises ValueError saying what is wrong."
+    if None in row or None in row.values(): raise ValueError(f"it has more or fewer cells than the {columns} columns")
+    kinds = {"top1": float, "frames": int, "clips": int, "crops": int, "gflops_per_view": float, "parameters_m": float}
+    row = {n: (kinds[n](v) if v else None) if n in kinds else v for n, v in row.items()}
+    if row["dataset"] not in EXPERIMENTS or not row["model"] or not row["source"]: raise ValueError(f"needs a model, a source and one of the four data sets, has {row['model']!r}, {row['source']!r}, {row['dataset']!r}")
+    if row["top1"] is not None and not 0 < row["top1"] < 100: raise ValueError(f"top1 = {row['top1']} is no percentage")
+    return Published(**row)
+
+# %% ../nbs/compare.ipynb #ca4e0004
 def published(
     file=None, # None: data/published_results.csv of this kit
 ) -> list: # of Published
     "The table of published numbers. Raises ValueError naming file and line."
-    file = Path(file or Path(__file__).resolve().parent.parent/"data"/"published_results.csv")
-    kinds, rows = {"top1": float, "frames": int, "clips": int, "crops": int, "gflops_per_view": float, "parameters_m": float}, []
+    file, rows = Path(file or Path(__file__).resolve().parent.parent/"data"/"published_results.csv"), []
     with open(file, encoding="utf-8", newline="") as text:
         reader = csv.DictReader(text)
         if (missing := set(Published.__dataclass_fields__) - set(reader.fieldnames or ())): raise ValueError(f"{file.name}: line 1 lacks the column {sorted(missing)[0]!r}")
         for row in reader:
-            try:
-                if None in row or None in row.values(): raise ValueError(f"it has more or fewer cells than the {len(reader.fieldnames)} columns")
-                row = {n: (kinds[n](v) if v else None) if n in kinds else v for n, v in row.items()}
+            try: rows.append(_published_row(row, len(reader.fieldnames)))
             except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{file.name}, line {reader.line_num}: {error}") from None
-            if row["dataset"] not in EXPERIMENTS or not row["model"] or not row["source"]: raise ValueError(f"{file.name}, line {reader.line_num}: needs a model, a source and one of the four data sets, has {row['dataset']!r}")
-            if row["top1"] is not None and not 0 < row["top1"] < 100: raise ValueError(f"{file.name}, line {reader.line_num}: top1 = {row['top1']} is no percentage")
-            rows.append(Published(**row))
     return rows
 
 # %% ../nbs/compare.ipynb #90873d3e
@@ -76,6 +82,16 @@ class Line:
     about: str      # preset, commit
     record: dict
 
+# %% ../nbs/compare.ipynb #ca4e0006
+_OWN = {"seed", "split", "generator_seed", "resume", "workers", "reports", "checkpoint_minutes", "tensorboard", "max_skipped", "device", "resamples"}
+
+def _recipe(record):
+    "What was asked for, without what tells two runs of one recipe apart, as text."
+    try: asked = json.loads((Path(record["folder"])/"parameters.json").read_text(encoding="utf-8"))["resolved"]
+    except (OSError, ValueError, KeyError): return f"unknown: {record['folder']}"
+    return json.dumps({n: v for n, v in asked.items() if n not in _OWN}, sort_keys=True)
+
+# %% ../nbs/compare.ipynb #ca4e0008
 def lines(
     runs: list, # complete records, of `comparable`
 ) -> list: # of Line
@@ -91,24 +107,15 @@ def lines(
                               sum(cost["parameters"].values())/1e6, d.get("pair", "?"), bool(d.get("map_on_val")), f"{r.get('preset', '?')}, {r['commit']}", r))
     return found
 
-_OWN = {"seed", "split", "generator_seed", "resume", "workers", "reports", "checkpoint_minutes", "tensorboard", "max_skipped", "device", "resamples"}
-
-def _recipe(record):
-    "What was asked for, without what tells two runs of one recipe apart, as text."
-    try: asked = json.loads((Path(record["folder"])/"parameters.json").read_text(encoding="utf-8"))["resolved"]
-    except (OSError, ValueError, KeyError): return f"unknown: {record['folder']}"
-    return json.dumps({n: v for n, v in asked.items() if n not in _OWN}, sort_keys=True)
-
 # %% ../nbs/compare.ipynb #6bdb68ef
-_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)      # Student's 97.5 % points, 1 to 9 degrees of freedom
-
 def over_seeds(values) -> tuple: # (mean, low, high); (mean, None, None) of one
-    "Mean of several seeds with Student's 95 % interval."
+    "Mean of several seeds' accuracies (fractions) with Student's 95 % interval."
     n, mean = len(values), float(np.mean(values))
     if n < 2: return mean, None, None
-    half = (_T[n - 2] if n - 2 < len(_T) else 1.96 + 2.4/(n - 1))*float(np.std(values, ddof=1))/math.sqrt(n)
-    return mean, max(0., mean - half), min(1., mean + half)      # of fractions
+    half = stats.t.ppf(.975, n - 1)*float(np.std(values, ddof=1))/math.sqrt(n)
+    return mean, max(0., mean - half), min(1., mean + half)
 
+# %% ../nbs/compare.ipynb #ca4e000a
 def joined(found: list) -> list: # of (recipe, views, {split: [Line]})
     "Lines of one data set by recipe and views."
     groups = {}
@@ -119,9 +126,6 @@ def joined(found: list) -> list: # of (recipe, views, {split: [Line]})
 SPLITS = {"ucf101": 3, "hmdb51": 3, "kinetics400": 1, "ssv2": 1}
 TITLES = {"ucf101": "UCF101", "hmdb51": "HMDB51", "kinetics400": "Kinetics-400", "ssv2": "Something-Something V2"}
 
-def _value(v, form="{:g}"): return "?" if v is None else form.format(v)
-def _with(value, low, high): return f"{100*value:.1f}" + ("" if low is None else f" [{100*low:.1f}, {100*high:.1f}]")
-
 def unequal(some: list, splits=1) -> str:
     "In words, what keeps lines of one recipe from standing beside a benchmark number; 'nothing' if that is so."
     asked = json.loads(some[0].recipe) if not some[0].recipe.startswith("unknown") else {}
@@ -130,6 +134,26 @@ def unequal(some: list, splits=1) -> str:
         ("half of the validation list", any(x.map_on_val for x in some)), (f"{expected - found:,} of {expected:,} videos missing", found < expected),
         ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{splits} of {whole} splits", splits < whole)) if true) or "nothing"
 
+# %% ../nbs/compare.ipynb #ca4e000e
+def _value(v, form="{:g}"): return "?" if v is None else form.format(v)
+def _with(value, low, high): return f"{100*value:.1f}" + ("" if low is None else f" [{100*low:.1f}, {100*high:.1f}]")
+
+def _name(some):
+    "Pair, what its weights have seen, preset and commit."
+    try: seen = sorted({name for side in (find_pair(some[0].dataset, some[0].pair).local, find_pair(some[0].dataset, some[0].pair).global_) for name in side.seen}) if some[0].record["data"]["name"] != "miniactions" else []
+    except ValueError: seen = ["?"]
+    return f"{some[0].pair}{', from ' + ' + '.join(seen) if seen else ''} ({', '.join(sorted({line.about for line in some}))})"
+def _cost(some): return f"{some[0].gflops:.3g}", f"{some[0].parameters:.3g}", f"{sum(x.found for x in some)} of {sum(x.expected for x in some)}"
+
+# %% ../nbs/compare.ipynb #ca4e000f
+def _numbers(some):
+    "Views, seeds, the accuracies and the cost of runs of one recipe and split."
+    def of(method):
+        if len(some) == 1: return _with(some[0].top1[method], *some[0].interval.get(method, (None, None)))
+        return _with(*over_seeds([line.top1[method] for line in some]))
+    return "x".join(map(str, some[0].views)), len(some), *(of(m) for m in ("local", "global", "average", "adaptive")), *_cost(some)
+
+# %% ../nbs/compare.ipynb #ca4e0012
 def own_table(found: list) -> str: # Markdown
     "Runs of this kit on one data set."
     rows = []
@@ -141,20 +165,7 @@ def own_table(found: list) -> str: # Markdown
             rows.append((_name(some), f"mean of {len(splits)}", "x".join(map(str, views)), len(some), *(f"{100*v:.1f}" for v in means), *_cost(some), unequal(some, len(splits))))
     return table(["run", "split", "clips x crops", "seeds", "local", "global", "average", "adaptive", "GFLOPs a video, halved", "M parameters", "found of expected", "unequal"], rows)
 
-def _name(some):
-    "Pair, what its weights have seen, preset and commit."
-    try: seen = sorted({name for side in (find_pair(some[0].dataset, some[0].pair).local, find_pair(some[0].dataset, some[0].pair).global_) for name in side.seen}) if some[0].record["data"]["name"] != "miniactions" else []
-    except ValueError: seen = ["?"]
-    return f"{some[0].pair}{', from ' + ' + '.join(seen) if seen else ''} ({', '.join(sorted({line.about for line in some}))})"
-def _cost(some): return f"{some[0].gflops:.3g}", f"{some[0].parameters:.3g}", f"{sum(x.found for x in some)} of {sum(x.expected for x in some)}"
-
-def _numbers(some):
-    "Views, seeds, the accuracies and the cost of runs of one recipe and split."
-    def of(method):
-        if len(some) == 1: return _with(some[0].top1[method], *some[0].interval.get(method, (None, None)))
-        return _with(*over_seeds([line.top1[method] for line in some]))
-    return "x".join(map(str, some[0].views)), len(some), *(of(m) for m in ("local", "global", "average", "adaptive")), *_cost(some)
-
+# %% ../nbs/compare.ipynb #ca4e0014
 def published_table(rows: list, own=()) -> str: # Markdown
     "Published numbers of one data set, by views; those with the views of an own run first, and marked."
     ours = {line.views for line in own}
@@ -162,6 +173,12 @@ def published_table(rows: list, own=()) -> str: # Markdown
     return table(["model", "pretraining", "top-1, %", "list, where not the usual one", "frames x clips x crops", "GFLOPs a video, as published", "M parameters", "views as ours", "source"],
                   [(r.model, r.pretraining or "?", _value(r.top1), r.list or "-", "x".join(_value(v) for v in (r.frames, r.clips, r.crops)), _value(r.views and r.gflops_per_view and r.views*r.gflops_per_view, "{:,.0f}"),
                     _value(r.parameters_m), "yes" if (r.clips, r.crops) in ours else "?" if r.views is None else "no", f"{r.source}{'; ' + r.note if r.note else ''}") for r in sorted(rows, key=order)])
+
+# %% ../nbs/compare.ipynb #ca4e0016
+def _generated(found):
+    rows = [(_name(some), f"generator {some[0].record['data'].get('generator', '?')}" if len(some) == 1 else f"{len({x.record['data'].get('generator') for x in some})} generators", *_numbers(some))
+            for _, _, splits in joined(found) for some in splits.values()]
+    return table(["run", "videos", "clips x crops", "seeds", "local", "global", "average", "adaptive", "GFLOPs a video, halved", "M parameters", "found of expected"], rows)
 
 # %% ../nbs/compare.ipynb #e65a2cdd
 def tables(
@@ -185,11 +202,6 @@ def tables(
     if left: parts += [f"Not counted: {len(left)} run(s) that are not complete (" + ", ".join(f"{r['folder'].name}: {r['status']}" for r in left[:10]) + (", ..." if len(left) > 10 else "") + ")."]
     return "\n".join(parts)
 
-def _generated(found):
-    rows = [(_name(some), f"generator {some[0].record['data'].get('generator', '?')}" if len(some) == 1 else f"{len({x.record['data'].get('generator') for x in some})} generators", *_numbers(some))
-            for _, _, splits in joined(found) for some in splits.values()]
-    return table(["run", "videos", "clips x crops", "seeds", "local", "global", "average", "adaptive", "GFLOPs a video, halved", "M parameters", "found of expected"], rows)
-
 # %% ../nbs/compare.ipynb #a4ee6eda
 def cost_figure(name, known, own=(), banner=None):
     "Published numbers of one data set, and own runs, against the operations of a video."
@@ -209,6 +221,7 @@ def answers(run) -> tuple: # (ids, sources, {method: right or wrong})
         if abs(r.mean() - run["top1"][name]) > 1.5/len(r): raise ValueError(f"{Path(run['folder']).name}: predictions.npz gives {name} {r.mean():.4f}, the record says {run['top1'][name]:.4f}; the files do not belong together")
     return kept["ids"].tolist(), kept["sources"].tolist(), right
 
+# %% ../nbs/compare.ipynb #ca4e0019
 def sign_flips(
     difference, # (N,) of each video
     sources, # (N,)
@@ -237,6 +250,7 @@ def paired(
     same = b[method][[at[id] for id in ids]]
     return {"difference": evaluation.paired_difference(a[method], same, sources, resamples), "p": sign_flips(a[method].astype(float) - same, sources, resamples), "videos": len(ids)}
 
+# %% ../nbs/compare.ipynb #ca4e001b
 def paired_table(runs: list, method="adaptive", resamples=2000) -> str: # Markdown
     "All pairs of complete runs that answered the same videos, p-values corrected after Holm."
     found, odd = [], {}

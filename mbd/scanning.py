@@ -192,6 +192,7 @@ def _write_table(path, header, rows):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/03_scanning.ipynb #28b193c4
 def _read_table(path):
     "Yield the header and the rows of a CSV file as lists of str; nothing where there is no file."
     csv.field_size_limit(2**31 - 1)      # key frames of a long film
@@ -413,6 +414,7 @@ def _small_frames(path, short_side):
 # %% ../nbs/03_scanning.ipynb #4a769032
 def _part(target): return target.with_name(f".{zlib.crc32(os.fsencode(target.name)):08x}.{os.getpid()}.part")
 
+# %% ../nbs/03_scanning.ipynb #d93d9657
 def _shrink(source, target, short_side, keyframes, crf):
     "Encode one video anew; return its number of frames. Raises VideoError for an input that is not whole, OSError where the output cannot be written."
     (rate, tick), av, target = _clock(source), video._av(), Path(target)

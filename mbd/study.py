@@ -258,7 +258,8 @@ class Setting:
     per_source: int = 2    # videos of each, one of them labelled at most
     test_sources: int = 98 # scenes a class for the test, as many videos of each, of another generator seed
     frames: int = 32
-    gap: int = 5
+    gap: int = 5           # neutral frames between the phases of a global class
+    phase: int = 8         # frames of a phase
     difficulty: float = 0.3
     labelled: int = 50     # labelled videos a class, each of another source, the held-out ones among them
     held_out: float = 0.3  # part of these that no stream is trained on: temperatures, map, fusions
@@ -277,7 +278,7 @@ class Setting:
     def hash(self): return hashlib.sha256(json.dumps([miniactions.VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:8]
 
     def specs(self, seed): # of the training list and of the test list
-        knobs = dict(classes=self.classes, frames=self.frames, gap=self.gap, difficulty=self.difficulty)
+        knobs = dict(classes=self.classes, frames=self.frames, gap=self.gap, phase=self.phase, difficulty=self.difficulty)
         return (miniactions.Spec(**knobs, train_groups=self.sources, test_groups=1, clips=self.per_source, seed=seed),
                 miniactions.Spec(**knobs, train_groups=1, test_groups=self.test_sources, clips=self.per_source, seed=seed + 10**6))
 

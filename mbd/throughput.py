@@ -44,6 +44,7 @@ def write_film(path, codec, keyframes, num_frames=300, height=256, width=340):
 # %% ../nbs/05_throughput.ipynb #ab4493d0
 def _cold(path, indices, index): return video.read_frames(path, indices, video._scan(path))
 
+# %% ../nbs/05_throughput.ipynb #34aa886d
 def _loop(path, indices, index, threads="NONE"):
     import av
     wanted, last, pictures = set(indices), max(indices), {}
@@ -55,6 +56,7 @@ def _loop(path, indices, index, threads="NONE"):
             if i == last: break
     return np.stack([pictures[i] for i in indices])
 
+# %% ../nbs/05_throughput.ipynb #682035e5
 def _slice(path, indices, index): return _loop(path, indices, index, "SLICE")
 def _frame(path, indices, index): return _loop(path, indices, index, "FRAME")
 def _auto(path, indices, index): return _loop(path, indices, index, "AUTO")
@@ -151,6 +153,7 @@ class _Clips(torch.utils.data.Dataset):
     def __len__(self): return self.clips
     def __getitem__(self, i): return transform(self.reader(self.path, self.indices, self.index))
 
+# %% ../nbs/05_throughput.ipynb #950b8eec
 def _loader(reader, path, indices, index, workers, clips):
     loader = torch.utils.data.DataLoader(_Clips(reader, path, indices, index, clips), batch_size=None, num_workers=workers, persistent_workers=True)
     return lambda: [None for _ in loader]

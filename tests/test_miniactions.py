@@ -96,10 +96,10 @@ def captured(monkeypatch, name, function, clips=48, **knobs):
 
 
 @pytest.mark.parametrize("pair, function, more", [(("SameHand", "OtherHand"), "_raises", 0), (("ComesBack", "PassesThrough"), "_crossing", 3)])
-@pytest.mark.parametrize("gap", [4, 9])
-def test_windows_up_to_the_gap_are_the_same_in_both_classes_and_longer_ones_are_not(monkeypatch, pair, function, more, gap):
-    paths = {name: captured(monkeypatch, name, function, frames=16 + gap + more + 1, gap=gap) for name in pair}
-    quiet = 2 * mini.PHASE + more + 1 + gap
+@pytest.mark.parametrize("gap, phase", [(4, 8), (9, 8), (4, 20)])
+def test_windows_up_to_the_gap_are_the_same_in_both_classes_and_longer_ones_are_not(monkeypatch, pair, function, more, gap, phase):
+    quiet = 2 * phase + more + 1 + gap
+    paths = {name: captured(monkeypatch, name, function, frames=quiet, gap=gap, phase=phase) for name in pair}
     assert all(p.shape[-1] == quiet for p in paths.values())
     def seen(name, length): return {(start, p[:, start:start + length].tobytes()) for p in paths[name] for start in range(quiet - length + 1)}
     for length in (1, 2, gap, gap + more + 1): assert seen(pair[0], length) == seen(pair[1], length)
@@ -155,7 +155,7 @@ def test_twins_of_a_global_pair_are_the_same_video_up_to_the_second_phase(monkey
     for pair in (("SameHand", "OtherHand"), ("ComesBack", "PassesThrough")):
         same, other = twins(monkeypatch, pair)
         differs = np.flatnonzero(np.abs(same - other).max((1, 2, 3)) > 1)
-        assert differs[-1] - differs[0] < mini.PHASE and len(differs) >= mini.PHASE - 2 and differs[0] >= mini.PHASE + 13
+        assert differs[-1] - differs[0] < Spec.phase and len(differs) >= Spec.phase - 2 and differs[0] >= Spec.phase + 13
 
 
 def test_the_longest_neutral_stretch_grows_with_the_gap():
@@ -258,7 +258,8 @@ def test_sized():
 
 def test_generator_id_names_version_and_knobs():
     assert generator_id(Spec()).startswith(f"{mini.VERSION}/") and generator_id(Spec()) == generator_id(Spec())
-    assert len({generator_id(Spec(**k)) for k in ({}, dict(seed=1), dict(gap=12), dict(size=32), dict(classes=CLASSES[::-1]))}) == 5
+    assert len({generator_id(Spec(**k)) for k in ({}, dict(seed=1), dict(gap=12), dict(phase=7), dict(size=32), dict(classes=CLASSES[::-1]))}) == 6
+    assert generator_id(Spec()) == "1/b267ccd6"      # the id of the sets that were made before there was a knob `phase`
     assert generator_id(Spec(difficulty=1)) == generator_id(Spec(difficulty=1.0))      # equal specs, equal ids
 
 
