@@ -21,7 +21,7 @@ from .dominance import DominanceMap
 from .fusion import FUSIONS, MeanFusion, build_fusion
 from .local_stream import BACKBONES, StreamOutput, find_backbone
 
-# %% ../nbs/12_model.ipynb #3fe8d417
+# %% ../nbs/12_model.ipynb #a06fff60
 @dataclass
 class MBDOutput:
     "What `MBD` returns."
@@ -30,6 +30,7 @@ class MBDOutput:
     fused: torch.Tensor   # (B, K) probabilities
     weight: torch.Tensor  # (B,) of the local stream in the fusion
 
+# %% ../nbs/12_model.ipynb #3fe8d417
 class MBD(nn.Module, ModelHubMixin):
     "Two streams, their dominance map and their fusion."
     def __init__(self,
@@ -82,10 +83,9 @@ def about_run(
     return {name: record[name] for name in ABOUT if record.get(name) is not None}
 
 # %% ../nbs/12_model.ipynb #4c5f0005
-_MADE = "<!-- made by MBD.save, and made anew by the next; a README.md without this line is left alone -->"
-
 def _words(value): return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")[:300]
 
+# %% ../nbs/12_model.ipynb #17b45ecf
 def _blocks(value):
     "What a dict holds, as lines of a list; anything else is one line."
     if not isinstance(value, dict): return [f"- {_words(value)}"]
@@ -109,6 +109,9 @@ def _limits(model):
     if bool((model.temperature == 1).all()): yield "Its probabilities are not calibrated."
     if "not stated" in {*getattr(model.local, "seen", ()), *getattr(model.global_, "seen", ())}: yield "What its pretrained weights were trained on is not known, so its accuracy on any public data set may be too good."
     if not model.about.get("top1"): yield "No test result came with it."
+
+# %% ../nbs/12_model.ipynb #6abe4c98
+_MADE = "<!-- made by MBD.save, and made anew by the next; a README.md without this line is left alone -->"
 
 def model_card(
     model, # an MBD
@@ -134,6 +137,7 @@ def _digest(file):
     "Start of the SHA-256 of a file."
     with open(file, "rb") as data: return hashlib.file_digest(data, "sha256").hexdigest()[:16]
 
+# %% ../nbs/12_model.ipynb #fff58c61
 def save(
     model, # an MBD
     folder, # made if it does not exist; one process saves into it at a time
@@ -199,6 +203,7 @@ def _build(saved):
     stream.backbone, stream.seen, stream.new_head = saved["name"], frozenset(saved["seen"]), False
     return stream
 
+# %% ../nbs/12_model.ipynb #d3a7bb73
 def _checked(saved, shapes):
     "The same, once its parameters are known to be those of the weights. Raises ValueError."
     total = sum(map(math.prod, shapes.values()))
@@ -220,6 +225,7 @@ def _modern(config):
     change = lambda old: dict(name=names.get(old.get("name"), old.get("name")), config={k: v for k, v in old.items() if k != "name"}, seen=[]) if isinstance(old, dict) and isinstance(old.get("name"), str) else old
     return {**config, "weights": "model.safetensors", "local": change(config.get("local")), "global_": change(config.get("global_"))}
 
+# %% ../nbs/12_model.ipynb #94c60b87
 def _check_stream(saved, names):
     "Raises ValueError where this describes no stream of a registered backbone with so many answers."
     if not isinstance(saved, dict) or not isinstance(saved.get("name"), str) or not isinstance(saved.get("config"), dict): raise ValueError(f"{str(saved)[:80]!r} is no name with a config")

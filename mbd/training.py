@@ -71,6 +71,11 @@ def optimiser(
     if settings.optimiser == "sgd": return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
+# %% ../nbs/13_training.ipynb #6c9f2b36
+def _set_rates(optimiser, done, steps, warm_up):
+    "Give each group the rate of the step that follows `done` others."
+    for group in optimiser.param_groups: group["lr"] = group["peak"]*cosine(done, steps, warm_up)
+
 # %% ../nbs/13_training.ipynb #34860729
 @contextmanager
 def side_by_side(
@@ -99,12 +104,20 @@ def _draws(stream):
     "Does the stream draw random numbers while it trains?"
     return any((getattr(m, "p", None) or getattr(m, "drop_prob", None) or 0) > 0 for m in stream.modules() if "Drop" in type(m).__name__ or "Stochastic" in type(m).__name__)
 
+# %% ../nbs/13_training.ipynb #d2fe5187
+def _at_once(streams, settings, world):
+    "How many streams may compute at the same moment."
+    saving = any(getattr(stream, "checkpointing", False) for stream in streams.values())
+    alone = world > 1 or any(map(_draws, streams.values())) or settings.compile or saving
+    return 1 if alone else len(streams)
+
 # %% ../nbs/13_training.ipynb #0646a53d
 def _ends(output):
     "The output without its history: gradients of a loss on it stop here."
     end = lambda tensor: tensor.detach().requires_grad_()
     return replace(output, logits=end(output.logits), stages={name: end(stage) for name, stage in output.stages.items()})
 
+# %% ../nbs/13_training.ipynb #df004b61
 def _pairs(output, end): return [(output.logits, end.logits), *((output.stages[name], e) for name, e in end.stages.items())]
 
 def _carry(output, end):
@@ -167,6 +180,20 @@ class _Side(nn.Module):
     def __init__(self, stream): super().__init__(); self.stream = stream
     def forward(self, clip): return self.stream(clip)
 
+def _shells(streams, settings, accelerator):
+    "Each stream in a shell, compiled where that is asked for, as Accelerate prepares it."
+    shells = {name: _Side(stream) for name, stream in streams.items()}
+    for side in shells.values() if settings.compile else (): side.compile(dynamic=False)      # both sides share this forward: sizes that differ would be taken for sizes that vary
+    return {name: accelerator.prepare_model(side, device_placement=False) for name, side in shells.items()}
+
+# %% ../nbs/13_training.ipynb #f7295d8d
+def _chosen(model, only, teaching):
+    "{name: stream} of those that are trained. Raises ValueError where there are none, or teaching lacks a stream or the map."
+    streams = {name: stream for name, stream in (("local", model.local), ("global", model.global_)) if only in (None, name)}
+    if not streams or (teaching and only): raise ValueError(f"only = {only!r}: choose 'local' or 'global' without distillation, or None")
+    if teaching and model.map is None: raise ValueError("distillation needs the dominance map: call measure_map(model, map part) first")
+    return streams
+
 # %% ../nbs/13_training.ipynb #d738b25f
 class Trainer:
     "What a stage holds while it runs. A context manager; `step` takes one step. Raises ValueError where settings do not go together."
@@ -179,9 +206,7 @@ class Trainer:
         example=None, # a batch, needed where distillation trains projections
     ):
         teaching = distillation is not None and distillation.arm != "none"
-        self.streams = {name: stream for name, stream in (("local", model.local), ("global", model.global_)) if only in (None, name)}
-        if not self.streams or (teaching and only): raise ValueError(f"only = {only!r}: choose 'local' or 'global' without distillation, or None")
-        if teaching and model.map is None: raise ValueError("distillation needs the dominance map: call measure_map(model, map part) first")
+        self.streams = _chosen(model, only, teaching)
         _check_split(settings, *devices.processes())
         where = next(model.parameters()).device
         self.accelerator = devices.accelerator(where.type if devices.processes()[1] > 1 else where, settings.precision)      # of several, each takes the GPU of its own number
@@ -197,16 +222,10 @@ class Trainer:
         self.norms = [m for stream in self.streams.values() for m in stream.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def __enter__(self):
-        self.stack, self.sides, settings = ExitStack(), {}, self.settings
-        self.draws = any(map(_draws, self.streams.values()))
-        for name, stream in self.streams.items():
-            side = _Side(stream)
-            if settings.compile: side.compile(dynamic=False)      # both sides share this forward: sizes that differ would be taken for sizes that vary
-            self.sides[name] = self.accelerator.prepare_model(side, device_placement=False)
-        saving = any(getattr(stream, "checkpointing", False) for stream in self.streams.values())
-        together = self.world == 1 and not self.draws and not settings.compile and not saving
-        self.each = self.stack.enter_context(side_by_side(self.device, len(self.streams) if together else 1))
-        self.stack.enter_context(devices.seeded(settings.seed, device=self.device))          # the caller's random state comes back
+        self.stack, self.draws = ExitStack(), any(map(_draws, self.streams.values()))
+        self.sides = _shells(self.streams, self.settings, self.accelerator)
+        self.each = self.stack.enter_context(side_by_side(self.device, _at_once(self.streams, self.settings, self.world)))
+        self.stack.enter_context(devices.seeded(self.settings.seed, device=self.device))          # the caller's random state comes back
         self.ready()
         return self
 
@@ -224,16 +243,24 @@ class Trainer:
         look=False, # measure how labels and lessons pull
     ) -> tuple: # ({name: sum over the clips, "clips": their number}, how they pull); ({}, {}) if the step was skipped
         "One step of the optimiser. FloatingPointError after too many steps in a row whose gradient was not finite."
-        before, sums, pulls = [[v.clone() for v in norm.buffers()] for norm in self.norms], {}, {}
-        for group in self.optimiser.param_groups: group["lr"] = group["peak"]*cosine(self.done, self.steps, self.settings.warm_up)
+        before = [[v.clone() for v in norm.buffers()] for norm in self.norms]
+        _set_rates(self.optimiser, self.done, self.steps, self.settings.warm_up)
         self.optimiser.zero_grad()
-        for number, batch in enumerate(pieces):
-            with ExitStack() as stack:
-                for side in self.sides.values() if number + 1 < len(pieces) else (): stack.enter_context(self.accelerator.no_sync(side))
-                found, pulls = _piece(self, batch, number, len(pieces), look and not number)
-            for name, value in found.items(): sums[name] = sums.get(name, 0.) + value
+        sums, pulls = _gradients(self, pieces, look)
         self.done += 1
         return (sums, pulls) if _move(self, before) else ({}, {})
+
+# %% ../nbs/13_training.ipynb #0f9d5cee
+def _gradients(trainer, pieces, look):
+    "Gradients of a step, piece by piece: ({name: sum over its clips}, how its terms pull)."
+    sums, pulls = {}, {}
+    for number, batch in enumerate(pieces):
+        with ExitStack() as stack:
+            for side in trainer.sides.values() if number + 1 < len(pieces) else (): stack.enter_context(trainer.accelerator.no_sync(side))
+            found, pulled = _piece(trainer, batch, number, len(pieces), look and not number)
+        pulls |= pulled
+        for name, value in found.items(): sums[name] = sums.get(name, 0.) + value
+    return sums, pulls
 
 # %% ../nbs/13_training.ipynb #2a50bbe4
 def _piece(trainer, batch, number, pieces, look):
@@ -266,6 +293,7 @@ def _needed(trainer, output):
     if not (trainer.school and trainer.school.pools): return output
     return replace(output, stages={name: _pooled(stage) for name, stage in output.stages.items()} if trainer.school.compares else {})
 
+# %% ../nbs/13_training.ipynb #90bbc46f
 def _everybodys(rows):
     "The rows of all processes, and the number of the first own one."
     return devices.gather_rows(rows), sum(devices.gather(len(rows))[:devices.processes()[0]])
@@ -275,6 +303,7 @@ def _moved(view, trainer):
     view = view.to(trainer.device, trainer.dtype, non_blocking=True)
     return view.contiguous(memory_format=torch.channels_last_3d) if trainer.settings.channels_last and view.ndim == 5 else view
 
+# %% ../nbs/13_training.ipynb #6c3282d7
 def _autocast(trainer):
     "`each`, within the precision of this training: teachers are not wrapped as their students are."
     def call(function, name):
@@ -320,6 +349,7 @@ def _check_split(settings, rank, world):
     if settings.batch_size % (world*settings.accumulate): raise ValueError(f"batch_size = {settings.batch_size} counts the clips of a step over {world} process(es) and {settings.accumulate} piece(s): choose a multiple of {world*settings.accumulate}")
     if world*settings.accumulate > 1 and settings.batch_size == world*settings.accumulate: raise ValueError(f"batch_size = {settings.batch_size} over {world} process(es) and {settings.accumulate} piece(s) leaves one clip each, which batch norm and mixing cannot use; double it, or lower accumulate")
 
+# %% ../nbs/13_training.ipynb #6f91a9ca
 def _synchronise(streams, world, device):
     "Let normalisations share their statistics between GPUs."
     if world < 2 or device.type != "cuda": raise ValueError(f"batch_norm = 'synced' joins the statistics of several GPUs, and here {world} process(es) compute on {device.type}; leave it at 'batch', or use 'frozen'")
@@ -337,6 +367,7 @@ def _tensors(trainer):
             found |= {f"optimiser.{name}:{key}": value for key, value in t.optimiser.state.get(p, {}).items() if value is not None}
     return found
 
+# %% ../nbs/13_training.ipynb #9025415e
 def _numbers(trainer):
     "The rest, as JSON can hold it."
     t = trainer
@@ -391,13 +422,21 @@ class _Place:
 
 # %% ../nbs/13_training.ipynb #779bda45
 def _same_everywhere(stage, found):
-    "Raise CheckpointError where the processes do not go on from the same step."
+    "What was found. Raises CheckpointError where the processes do not go on from the same step."
     steps = devices.gather([found.step, found.done] if found else None)
     if any(s != steps[0] for s in steps):
         raise CheckpointError(f"{stage}: the processes found different checkpoints ({', '.join(f'{r}: ' + (f'step {s[0]}' if s else 'none') for r, s in enumerate(steps))}); put the run's folder where all of them see it, or begin anew with resume = False")
+    return found
 
+# %% ../nbs/13_training.ipynb #edf342c5
 class Stopped(Exception):
     "A signal asked the training to stop; what it had done is saved."
+
+# %% ../nbs/13_training.ipynb #4cb191aa
+def _steps_an_epoch(data, settings, world):
+    "Steps of the optimiser in an epoch. Raises ValueError where the videos of one step are too few to be divided."
+    if len(data) < settings.batch_size and world*settings.accumulate > 1: raise ValueError(f"batch_size = {settings.batch_size}, but there are {len(data)} videos: lower it, or train in one process and one piece")
+    return len(data)//settings.batch_size or 1
 
 # %% ../nbs/13_training.ipynb #26d882bb
 def train(
@@ -415,16 +454,13 @@ def train(
 ) -> list: # the rows that were logged
     """One stage of training, in every process that was launched. Raises ValueError if there is no map to teach by, FloatingPointError where too many
     steps in a row are not finite, CheckpointError where a checkpoint is of another stage, and Stopped after a signal to stop, when it has saved."""
-    each_epoch, (rank, world) = len(data)//settings.batch_size or 1, devices.processes()
-    if len(data) < settings.batch_size and world*settings.accumulate > 1: raise ValueError(f"batch_size = {settings.batch_size}, but there are {len(data)} videos: lower it, or train in one process and one piece")
-    steps = settings.epochs*each_epoch
+    rank, world = devices.processes()
+    each_epoch = _steps_an_epoch(data, settings, world); steps = settings.epochs*each_epoch
     if distillation is not None and distillation.arm == "none": distillation = None
     about = checkpoints and _about(model, data, settings, stage, distillation, only)
-    found = checkpoints and checkpoints.load(stage, about)
-    _same_everywhere(stage, found)
+    found = _same_everywhere(stage, checkpoints and checkpoints.load(stage, about))
     example = next(iter(batches(data, 2))) if distillation and distillation.intermediate in ("logit", "hint") else None
-    place, data.seed = _Place(), settings.seed
-    score = None
+    place, score, data.seed = _Place(), None, settings.seed
     with Trainer(model, steps, settings, distillation, only, example) as trainer, devices.Stopping() as stopping:
         if found: place = _resumed(trainer, found, data, log)
         save = lambda **more: _save(trainer, place, data, checkpoints, stage, about, **more)
@@ -432,22 +468,26 @@ def train(
         for data.epoch in range(place.epoch, 0 if found and found.done else settings.epochs):
             pieces = loader.all(place.position*settings.accumulate)
             while place.position < each_epoch:
-                begun = time.perf_counter()
-                read = list(itertools.islice(pieces, settings.accumulate))
-                place.waited += time.perf_counter() - begun
-                _one_step(trainer, place, read, data, stage)
-                place.position += 1
-                place.seconds += time.perf_counter() - begun
+                _next_step(trainer, place, pieces, data, stage)
                 if progress: progress(trainer.done, steps)
-                if _agreed(stopping.asked, trainer): save(); raise Stopped(f"{stage}: stopped at step {trainer.done} of {steps}" + (", which is saved" if checkpoints else ""))
-                if checkpoints and _agreed(trainer.rank == 0 and checkpoints.due(), trainer): save()      # the first one writes, and knows when it did
+                _save_or_stop(trainer, stopping, checkpoints, save, stage)
             score = _end_epoch(trainer, place, stage, data, validate, workers, log)
             if checkpoints and score is not None and place.epoch < settings.epochs: save(score=score)
         if not (found and found.done):
             for name, average in trainer.averages.items(): trainer.streams[name].load_state_dict(average.copy.state_dict())
-            if checkpoints: save(done=True, score=score)
+            save(done=True, score=score)
     (getattr(model, "global_" if only == "global" else only) if only else model).eval()
     return place.rows
+
+# %% ../nbs/13_training.ipynb #3032b713
+def _next_step(trainer, place, pieces, data, stage):
+    "Read what a step needs, and take it."
+    begun = time.perf_counter()
+    read = list(itertools.islice(pieces, trainer.settings.accumulate))
+    place.waited += time.perf_counter() - begun
+    _one_step(trainer, place, read, data, stage)
+    place.position += 1
+    place.seconds += time.perf_counter() - begun
 
 # %% ../nbs/13_training.ipynb #8c255078
 def _one_step(trainer, place, read, data, stage):
@@ -464,6 +504,12 @@ def _agreed(flag, trainer):
     "Does any process ask for it? With several, they ask each other at every tenth step only."
     if trainer.world == 1: return flag
     return trainer.done % 10 == 0 and not devices.everyone(not flag)
+
+# %% ../nbs/13_training.ipynb #7225dc5c
+def _save_or_stop(trainer, stopping, checkpoints, save, stage):
+    "Save where it is due. Where a signal asked for it, save and raise Stopped."
+    if _agreed(stopping.asked, trainer): save(); raise Stopped(f"{stage}: stopped at step {trainer.done} of {trainer.steps}" + (", which is saved" if checkpoints else ""))
+    if checkpoints and _agreed(trainer.rank == 0 and checkpoints.due(), trainer): save()      # the first one writes, and knows when it did
 
 # %% ../nbs/13_training.ipynb #4b8ef33d
 def _end_epoch(trainer, place, stage, data, validate, workers, log):
@@ -516,6 +562,7 @@ def _save(trainer, place, data, checkpoints, stage, about, done=False, score=Non
         checkpoints.save(stage, trainer.done, tensors, state, about, done=done, score=score)
     devices.wait()
 
+# %% ../nbs/13_training.ipynb #e56bf6ab
 def _resumed(trainer, found, data, log):
     "Put trainer and data where a checkpoint left them. The rows so far go to the log again."
     state = found.state
@@ -581,6 +628,7 @@ def _room(answers, videos, views):
     logits = {name: torch.full((videos, views, a.logits.shape[1]), math.nan) for name, a in answers.items()}
     return logits | {f"{name} embedding": torch.zeros(videos, a.embedding.shape[1]) for name, a in answers.items()}
 
+# %% ../nbs/13_training.ipynb #e7764b24
 def _collected(out, data, world):
     "Predictions of all videos that could be read, from those of each process."
     if world > 1:
@@ -638,6 +686,7 @@ def fit_fusions(
     model.fusion = fusions["adaptive"].to(next(model.parameters()).device)
     return fusions, choose_baseline(candidates, answers.labels)
 
+# %% ../nbs/13_training.ipynb #7a8a77ff
 def fuse_all(
     fusions, # {name: fusion} from `fit_fusions`
     predictions, # from `predict`

@@ -244,6 +244,13 @@ def test_the_log_tells_how_the_terms_pull():
     assert not any(name.startswith(("norm", "cosine")) for row in trained()[1] for name in row)
 
 
+def test_pulls_are_logged_where_a_step_has_pieces_and_looked_at_once_an_epoch(monkeypatch):
+    seen, inner = [], training._pulls
+    monkeypatch.setattr(training, "_pulls", lambda name, *given: seen.append(name) or inner(name, *given))
+    _, rows = trained(Training(epochs=1, batch_size=6, accumulate=2), replace(TEACH, arm="both"))
+    assert all(row["norm labels"] > 0 and -1.01 < row["cosine labels, final"] < 1.01 for row in rows) and seen == ["local", "global"]
+
+
 def test_looking_at_the_gradients_changes_nothing(monkeypatch):
     with_look = trained(distillation=TEACH)[0]
     monkeypatch.setattr(training, "_pulls", lambda *given: {})
