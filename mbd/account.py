@@ -35,6 +35,7 @@ def videos(s) -> str:
     more = [f"- and {len(s.unreadable) - 20} more"]*(len(s.unreadable) > 20)
     return "\n".join([table(["part", "expected", "found", "unreadable", "sources"], rows), "", *bad, *more]).strip()
 
+# %% ../nbs/17_account.ipynb #a46d82f7
 def streams(s) -> str:
     "What each stream sees, and costs. Markdown."
     rows = []
@@ -58,12 +59,13 @@ def examples(s, title, most=10, columns=8):
     "A figure: frames of one video of some classes."
     chosen = list({r.label: r for r in s.parts["fit"] if r.id not in s.unreadable}.values())
     chosen = chosen[::max(1, len(chosen)//most)][:most]
-    figure, axes = plt.subplots(len(chosen), columns, figsize=(7, .88*len(chosen)), gridspec_kw=dict(wspace=.04, hspace=.06), squeeze=False)
+    figure, axes = plt.subplots(len(chosen), columns, figsize=(7, .88*len(chosen) + .2), layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
     for row, record in zip(axes, chosen):
         shown = look(s, record)
         for ax, i in zip(row, np.linspace(0, len(shown) - 1, columns).round().astype(int)): ax.imshow(shown[i]); ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(s.classes[record.label][:24], rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(title, fontsize=8, y=.91)
+    figure.suptitle(title, fontsize=8)
     s.run.save_figure("videos", figure)
     return figure
 
@@ -75,6 +77,7 @@ def dominance(s, name="dominance", title=""):
     s.run.save_figure(name, figure)
     return figure
 
+# %% ../nbs/17_account.ipynb #e17d49a0
 def groups(s, most=12) -> str:
     "The classes of each group, the clearest first. Markdown."
     m, lines = s.model.map, []
@@ -94,6 +97,7 @@ def accuracies(s) -> str:
     if control: lines.append(f"- adaptive, distilled minus control: {_points(found['distilled_minus_control'])} points")
     return "\n".join(lines)
 
+# %% ../nbs/17_account.ipynb #c85b0f13
 def bins(found) -> str: # Markdown
     "by_group or by_length of a record."
     names = ("local", "global", "average", "adaptive")
@@ -109,6 +113,7 @@ def by_clips(s) -> str:
     for name, found in s.found.get("also", {}).items(): rows.append(row(f"{name}, cut as such", int(np.prod([int(x) for x in name.split("x")])), found["top1"]))
     return table(["clips x crops", "GFLOPs a video", "local", "global", "average", "adaptive"], rows)
 
+# %% ../nbs/17_account.ipynb #f0917c2d
 def order(s) -> str:
     "Accuracy with the frames of each clip as they are, shuffled and reversed, and the change. Markdown."
     rows = [(name, *(_percent(m["top1"]) + (f" ({_points(m['change'])})" if "change" in m else "") for m in methods.values())) for name, methods in s.found["order"].items()]
@@ -123,11 +128,12 @@ def changed(s, most=5) -> str:
     words = f"Right with distillation only: {len(helped)} videos; right in the control only: {len(hurt)}, of {len(s.end.answers.ids)}."
     return words + ("\n\n" + table(["class", "test videos", "change, points"], [(name, n, f"{points:+.1f}") for name, n, points in shown]) if shown else "")
 
+# %% ../nbs/17_account.ipynb #57e8a1bc
 def strips(s, most=2) -> list:
-    "Figures of single videos: helped, hurt, leaning most on either stream, and where the streams disagree most. Each is kept in figures/."
+    "Figures of single videos: where each stream has its largest weight, where the streams disagree most, helped, and hurt. Each is kept in figures/."
     local, global_ = (z.exp() for z in s.end.pair)
     weight, labels = s.model.fusion.weight(local, global_), s.end.answers.labels
-    chosen = [("leans on the local stream", int(weight.argmax())), ("leans on the global stream", int(weight.argmin())), ("streams disagree most", int((local - global_).abs().sum(1).argmax()))]
+    chosen = [("largest weight of the local stream", int(weight.argmax())), ("largest weight of the global stream", int(weight.argmin())), ("streams disagree most", int((local - global_).abs().sum(1).argmax()))]
     if s.alone is not None:
         for words, places in zip(("helped by distillation", "hurt by distillation"), s.changes()[1]): chosen += [(f"{words} {k + 1}", i) for k, i in enumerate(places[:most])]
     figures = []

@@ -9,6 +9,7 @@ __all__ = ['Schedule']
 import copy
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from types import SimpleNamespace
 import numpy as np, torch
 from . import clips, datasets, devices, evaluation, experiment, miniactions, pairs, plan as plans, scanning, training, video
@@ -16,6 +17,19 @@ from .checkpoints import Checkpoints
 from .experiment import ParameterError, Progress
 from .interventions import ORDERS, Reordered
 from .model import MBD
+
+# %% ../nbs/16_schedule.ipynb #1f64ab95
+def _step(after=None):
+    "Make a method a step: refused with RuntimeError before the step `after` was taken, and taken once. It returns what it found, or the schedule."
+    def made(method):
+        @wraps(method)
+        def step(self):
+            name = method.__name__
+            if after and after not in self.taken: raise RuntimeError(f"{name}() needs what {after}() makes: call {after}() first (taken so far: {', '.join(self.taken) or 'no step'})")
+            if name not in self.taken: self.taken[name] = method(self)
+            return self if self.taken[name] is None else self.taken[name]
+        return step
+    return made
 
 # %% ../nbs/16_schedule.ipynb #a0a25be4
 def _videos(run):
@@ -44,8 +58,9 @@ class _Found:
     ):
         self.run, self.p, self.teach = run, run.parameters, experiment.teaching(run.parameters)
         self.checkpoints = Checkpoints(run.checkpoints/"stages", every=60*self.p.checkpoint_minutes)
-        self.rows, self.planned = [], None
+        self.rows, self.planned, self.taken = [], None, {}
 
+    @_step()
     def find(self):
         "The official lists, and their records cut into parts. On generated data the set is made first."
         p, name = self.p, self.run.experiment.data_name
@@ -55,7 +70,6 @@ class _Found:
         chosen = [experiment.subset(self.lists[part].records, 0 if self.run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]]
         self.parts = _parts(*chosen, p.map_on_val, p.seed)
         self.classes, self.records = self.lists["test"].classes, {r.id: r for part in self.parts.values() for r in part}
-        return self
 
     def counts(self):
         "{part: {expected, found, unreadable}}, with what has failed so far."
@@ -72,6 +86,7 @@ def _sized(view, local, frames, size):
 # %% ../nbs/16_schedule.ipynb #233ccdae
 class _Built(_Found):
     "And the model."
+    @_step(after="find")
     def build(self):
         "The two streams of the pair, and what each sees. Raises ParameterError where they cannot be had as asked for."
         p, pair = self.p, pairs.find_pair("miniactions" if self.run.generated else self.run.experiment.data_name, self.p.pair)
@@ -85,22 +100,25 @@ class _Built(_Found):
         self.pair, self.model, self.cost = pair, MBD(*streams, self.classes, local_view, global_view).to(p.device), None
         try: self.cost = experiment.model_cost(self.model)
         except ValueError as error: raise ParameterError(f"frames = {p.frames}, size = {p.size}: {error}; set both to 0, for what the weights of pair {pair.name!r} were trained with") from None
-        return self
 
-# %% ../nbs/16_schedule.ipynb #1ae29960
-class _Read(_Built):
-    "And the data sets of its parts."
+# %% ../nbs/16_schedule.ipynb #84c1f0be
+class _Planned(_Built):
+    "And the plan."
     def _kept(self):
         "(short side, frames at most) of videos that stay in memory; None where they are read from the files."
         views = self.model.local_view, self.model.global_view
         if self.p.read == "memory": return max(64, round(max(view.size for view in views)/.875)), None if self.run.generated or views[0].seconds else 2*views[0].frames
 
+    @_step(after="build")
     def plan(self):
         "What the run will take (chapter 16 on plans); nothing, where all is done. Raises ParameterError where it cannot fit."
         if self.run.looked_at: self.planned = "plan: this run is complete, and is only looked at"
         else: self.planned = plans.make_plan(self.parts, self.model, self.p, self.run.folder, self._kept())
-        return self
 
+# %% ../nbs/16_schedule.ipynb #1ae29960
+class _Read(_Planned):
+    "And the data sets of its parts."
+    @_step(after="build")
     def read(self):
         "Decode the videos into memory, or find their index; then the data sets of all parts."
         p, self.frames, self.index, self.unreadable = self.p, None, None, {}
@@ -115,7 +133,6 @@ class _Read(_Built):
         n_clips, crops = clips.protocol(p.protocol)
         self.reading = dict(batch_size=4*p.batch_size, workers=p.workers if p.read == "files" else 0, checkpoints=self.checkpoints)
         self.protocol = {"clips": n_clips, "crops": crops, "local": vars(self.model.local_view), "global": vars(self.model.global_view)}
-        return self
 
     def _data(self, part, protocol=None):
         "The clips of a part; videos to be tested in the fixed views of a protocol."
@@ -148,19 +165,19 @@ class _Taught(_Read):
 
     def _map(self, model, stage): training.measure_map(model, self.data["map"], self.p.seed, **self.reading, stage=f"map-{stage}")
 
+    @_step(after="read")
     def warm_up(self):
         "Stage 1, each stream on the labels; stage 2, the map."
         self._train("warm-up", self.model, self.p.warm_up_epochs, self.p.learning_rate, self.p.seed)
         with self.run.stage("map"): self._map(self.model, "warm-up")
-        return self
 
+    @_step(after="warm_up")
     def distil(self):
         "Stage 3, and the control: the same steps from the same weights without teaching."
         p = self.p
         self.control = copy.deepcopy(self.model) if p.control else None
         self._train("distil", self.model, p.distil_epochs, p.distil_learning_rate, p.seed + 1, self.teach)
         if self.control is not None: self._train("control", self.control, p.distil_epochs, p.distil_learning_rate, p.seed + 1)
-        return self
 
 # %% ../nbs/16_schedule.ipynb #bc771ff9
 class _Tested(_Taught):
@@ -189,6 +206,7 @@ class _Tested(_Taught):
             found[order] = self._answers(model, data, f"test, frames {order}", f"test-{order}")
         return found
 
+    @_step(after="distil")
     def fuse(self):
         "Stage 4: the map again, the fusions, the test list; of the control too. The model is saved."
         with self.run.stage("fuse and test"):
@@ -196,7 +214,6 @@ class _Tested(_Taught):
             self.also, self.reordered = self._test_again(), self._reorder()
             self.alone = self._finish(self.control, "control") if self.control is not None else None
         if self.run.main: self.run.save_dominance(self.model.map); self.model.save(self.run.checkpoints/"model")
-        return self
 
 # %% ../nbs/16_schedule.ipynb #71e7fb6d
 def _fewer(answers, clips, crops):
@@ -251,6 +268,7 @@ class _Scored(_Tested):
         "[(class, videos, points)]: what distillation changed in the adaptive answers of each class, against the control, most helped first; and (helped, hurt): places of the test videos."
         return _changes(*self._adaptive(), self.end.answers.labels.numpy(), self.classes)
 
+    @_step(after="fuse")
     def result(self):
         "Accuracies with intervals, of the model and of its control, and their difference."
         p, answers, options = self.p, self.end.answers, dict(resamples=self.p.resamples, seed=self.p.seed)
@@ -269,7 +287,8 @@ class _Scored(_Tested):
 # %% ../nbs/16_schedule.ipynb #e18d1579
 class Schedule(_Scored):
     """The steps of a run: find, build, plan, read, warm_up, distil, fuse, result, record; `carry_out` takes them all.
-    Each raises what the chapters it calls raise; an experiment.Run keeps what they find."""
+    A step raises RuntimeError before the one it needs was taken, and is taken once. Each raises what the chapters it calls raise; an experiment.Run keeps what they find."""
+    @_step(after="result")
     def record(self):
         "Save the answers, complete the record of the run, and put it on the card of the model."
         run, p, answers, (local, global_) = self.run, self.p, self.end.answers, self.end.pair

@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
 from mbd import experiment, training
+from mbd.checkpoints import digest
 from mbd.cli import main
 from mbd.experiment import ParameterError
 from mbd.schedule import Schedule
@@ -36,11 +37,23 @@ def test_a_run_that_ended_early_goes_on_and_ends_as_if_it_had_not(settings, monk
     monkeypatch.setattr(training, "_one_step", lambda *given, **more: trained.append(1) or inner(*given, **more))
     record = again.carry_out()
     assert not trained and record["top1"] == whole["top1"] and record["sessions"][0]["reason"] == "a power cut"
+    end = digest(again.model), digest(again.control)      # a cell run twice changes nothing
+    assert again.warm_up() is again.distil() is again and again.record() is record and not trained and (digest(again.model), digest(again.control)) == end
     assert len((again.run.folder/"log.csv").read_text().splitlines()) == 1 + 3*2 and [s["name"] for s in record["stages"]].count("warm-up") == 1
     card = (again.run.folder/"checkpoints/model/README.md").read_text(encoding="utf-8")      # whoever gets the model knows what came out
     assert f"| adaptive | {100*record['top1']['adaptive']:.1f} |" in card and "generated figure videos" in card and f"test: expected {record['data']['test']['expected']}" in card
     other, log = (next(f for f in settings.reports.glob("*/*") if f != again.run.folder)/"log.csv"), again.run.folder/"log.csv"
     assert [line.split(",")[:5] for line in other.read_text().splitlines()] == [line.split(",")[:5] for line in log.read_text().splitlines()]
+
+
+def test_a_step_before_the_one_it_needs_is_refused_by_name_and_does_nothing(settings):
+    s = go(settings, seed=5)
+    for step, needed in [("build", "find"), ("plan", "build"), ("read", "build"), ("warm_up", "read"), ("distil", "warm_up"), ("fuse", "distil"), ("result", "fuse"), ("record", "result")]:
+        with pytest.raises(RuntimeError, match=rf"{step}\(\) needs what {needed}\(\) makes: call {needed}\(\) first \(taken so far: no step\)"): getattr(s, step)()
+    s.find().build().read()
+    for step in (s.distil, s.fuse):      # all that they touch is there: without the rule they would train, or read the test list
+        with pytest.raises(RuntimeError, match="taken so far: find, build, read"): step()
+    assert not list(s.run.checkpoints.glob("stages/*")) and s.model.map is None
 
 
 @pytest.mark.parametrize("where, words", [("build", "stopped after the step"), ("map", "map-warm-up: stopped at batch 1")])
