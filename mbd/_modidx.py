@@ -1115,6 +1115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbd.settings._merge': ('settings.html#_merge', 'mbd/settings.py'),
                               'mbd.settings._ours': ('settings.html#_ours', 'mbd/settings.py'),
                               'mbd.settings._parameters': ('settings.html#_parameters', 'mbd/settings.py'),
+                              'mbd.settings._path': ('settings.html#_path', 'mbd/settings.py'),
                               'mbd.settings._precision': ('settings.html#_precision', 'mbd/settings.py'),
                               'mbd.settings._read': ('settings.html#_read', 'mbd/settings.py'),
                               'mbd.settings._workers': ('settings.html#_workers', 'mbd/settings.py'),

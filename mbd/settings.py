@@ -38,6 +38,7 @@ class Settings:
     device: str = "cpu"
     precision: str = "float32"
     workers: int = 0
+    origin: dict = field(default_factory=dict, repr=False, compare=False)  # (section, name) -> where the value stands
 
 # %% ../nbs/01_settings.ipynb #849b75e2
 def nearest(
@@ -71,9 +72,12 @@ def _workers(value, where):
     if not value.isdecimal(): raise ValueError(f"{where}: workers = {value!r}; it must be a whole number, 0 or more, or 'auto'")
     return int(value)
 
-def _address(value, where):
+# %% ../nbs/01_settings.ipynb #97e78f7a
+def _address(value, where, folder):
     if not value.startswith(("https://", "http://")): raise ValueError(f"{where}: {value!r} is no address; it must begin with https:// or http://")
     return value.rstrip("/")
+
+def _path(value, where, folder): return folder / Path(value).expanduser()
 
 # %% ../nbs/01_settings.ipynb #0095e501
 SECTIONS = {"data": DATASETS, "annotations": DATASETS, "urls": ("ucf101", "hmdb51", "kinetics400"), "run": ("reports", "device", "precision", "workers")}
@@ -124,13 +128,11 @@ def load(
     "The settings in force: parameters over environment over file over defaults. Raises ValueError with place, name, value and the nearest valid one."
     file = Path(file).absolute() if file else find()
     if file and not file.is_file(): raise ValueError(f"settings file {file} does not exist; correct the parameter 'file' or MBD_SETTINGS")
-    chosen = _merge([*(_read(file) if file else ()), *_environment(), *_parameters(parameters)])
-    folders = {key: folder / Path(value).expanduser() for key, (value, _, folder) in chosen.items() if key[0] != "urls"}
-    urls = {key: _address(value, where) for (section, key), (value, where, _) in chosen.items() if section == "urls"}
-    auto = ("auto", "default", None)
-    device = _device(*chosen.get(("run", "device"), auto)[:2])
-    precision = _precision(*chosen.get(("run", "precision"), auto)[:2], device)
-    workers = _workers(*chosen.get(("run", "workers"), auto)[:2])
-    reports = folders.get(("run", "reports"), (file.parent if file else Path.cwd()) / "reports")
-    data, annotations = ({key: f for (s, key), f in folders.items() if s == section} for section in ("data", "annotations"))
-    return Settings(file, data, annotations, urls, reports, device, precision, workers)
+    defaults = dict.fromkeys(SECTIONS["run"], "auto") | {"reports": "reports"}
+    chosen = {("run", key): (value, "default", file.parent if file else Path.cwd()) for key, value in defaults.items()}
+    chosen |= _merge([*(_read(file) if file else ()), *_environment(), *_parameters(parameters)])
+    def of(section, read): return {key: read(*found) for (s, key), found in chosen.items() if s == section}
+    run = of("run", lambda *found: found)
+    device = _device(*run["device"][:2])
+    return Settings(file, of("data", _path), of("annotations", _path), of("urls", _address), _path(*run["reports"]), device,
+                    _precision(*run["precision"][:2], device), _workers(*run["workers"][:2]), {name: where for name, (_, where, _) in chosen.items()})

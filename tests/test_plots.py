@@ -70,6 +70,20 @@ def test_colours_differ_and_the_streams_keep_theirs(figures):
     assert lines["local"] == plots.LOCAL and lines["global"] == plots.GLOBAL
 
 
+def test_what_a_colour_tells_a_line_or_a_marker_tells_too(figures):
+    t, p = np.arange(10.0), np.full((10, 5), 0.2)
+    lines = plots.timeline(t, measured().classes, p, p[:, 0], np.stack([p[:, 0]] * 3, 1)).axes[0].get_lines()
+    assert len({repr(line._unscaled_dash_pattern) for line in lines}) == len(lines) == 5
+    markers = {line.get_label(): line.get_marker() for line in figures["dose"].axes[0].get_lines() if line.get_label() in plots.GROUP_COLOURS}
+    assert len(set(markers.values())) == len(markers) == 3
+
+
+def test_no_line_runs_through_a_name(figures):
+    axes = figures["dose"].axes[0]
+    names = [t for t in axes.texts if t.get_text().startswith("class")]
+    assert len(names) == 5 and all(t.get_bbox_patch() and t.zorder > max(line.zorder for line in axes.get_lines() if len(set(line.get_xdata())) == 1 and line.get_linestyle() == "--") for t in names)
+
+
 def test_a_strip_shows_evenly_spaced_frames_up_to_the_last():
     figure = plots.frames_strip(np.zeros((100, 4, 4, 3), np.uint8), count=5)
     assert [a.get_title() for a in figure.axes] == ["0", "25", "50", "74", "99"]

@@ -53,6 +53,14 @@ def test_parameters_over_environment_over_file(tmp_path, monkeypatch):
     assert found.data == {"ucf101": tmp_path / "mine"} and found.workers == 4
 
 
+def test_each_value_says_where_it_stands(tmp_path, monkeypatch):
+    file = write(tmp_path, "[data]\nucf101 = a\nhmdb51 = b\n[run]\ndevice = cpu\n")
+    monkeypatch.setenv("MBD_DATA_UCF101", str(tmp_path / "old"))
+    found = settings.load(file, workers=1, data={"hmdb51": "mine"})
+    assert found.data["ucf101"] == tmp_path / "old" and found.origin["data", "ucf101"] == "environment variable MBD_DATA_UCF101"
+    assert found.origin["data", "hmdb51"] == "parameter 'data'" and found.origin["run", "device"] == f"{file} [run]" and found.origin["run", "precision"] == "default"
+
+
 @pytest.mark.parametrize("text, parts", [
     ("[data]\nufc101 = x", ["settings.ini [data]", "'ufc101'", "did you mean 'ucf101'"]),
     ("[dta]\nucf101 = x\n[run]", ["[dta]", "did you mean 'data'"]),
