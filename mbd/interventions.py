@@ -21,6 +21,7 @@ def _whole(name, value, low, high):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number in {low}..{high} for this video, not {value!r}")
 
+# %% ../nbs/09_interventions.ipynb #ab03ab3a
 def _other_order(number, seed):
     "A random order of `number` things that is not the order they are in"
     draw, same = np.random.default_rng(seed), np.arange(number)

@@ -53,6 +53,7 @@ def _waited(call, device):
         call(); torch.cuda.synchronize(device)
     return waiting
 
+# %% ../nbs/14_speed.ipynb #457d7cae
 def ratios(
     above, # seconds of each round
     below, # seconds of each round
@@ -104,6 +105,7 @@ def _check_counts(**counts):
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
+# %% ../nbs/14_speed.ipynb #bb9a5740
 def inference_table(
     report=None, # Markdown file to write; None only returns the text
     pairs=None, # entries of `PAIRS` or their names, as "ucf101/pretrained"; None: the default of each data set
@@ -158,6 +160,7 @@ def _followed(module, clips, sizes):
         except Exception:
             if strict: raise
 
+# %% ../nbs/14_speed.ipynb #f7a533d0
 def export(
     model, # an MBD
     file, # .pt2, to be written; replaced only when the new one is whole
@@ -177,6 +180,7 @@ def export(
     finally: part.unlink(missing_ok=True)
     return file
 
+# %% ../nbs/14_speed.ipynb #842c97d2
 def load_program(
     file, # written by `export`. ONLY one you trust: reading a .pt2 can execute code
 ) -> tuple: # (module: two clips -> four tensors, dict: classes and views)
@@ -213,8 +217,9 @@ def _stepper(name, pair, settings, options, device):
     from mbd.distillation import Distillation, Teacher
     from mbd.training import Trainer, lay_out
     model = random_model(pair, **options).to(device)
-    if name == "teachers":
-        teachers, layout = [Teacher(stream, "frozen") for stream in (model.local, model.global_)], torch.channels_last_3d if settings.channels_last else torch.contiguous_format
+    if name == "teachers":                                     # two forward passes, nothing learns: no Trainer
+        layout = torch.channels_last_3d if settings.channels_last else torch.contiguous_format
+        teachers = [Teacher(stream, "frozen") for stream in (model.local, model.global_)]
         del model
         for teacher in teachers if settings.channels_last else (): lay_out(teacher)
         def forward(batch):
@@ -223,7 +228,8 @@ def _stepper(name, pair, settings, options, device):
         yield forward
         return
     lesson = Distillation(arm="both", teacher=name, only_right_teacher=False) if name in LESSONS else None
-    with Trainer(model, 10**6, settings, lesson, name if name in PARTS else None) as trainer: yield lambda batch: trainer.step([batch])
+    only = name if name in PARTS else None                     # a part: the Trainer trains this stream alone
+    with Trainer(model, 10**6, settings, lesson, only) as trainer: yield lambda batch: trainer.step([batch])
 
 # %% ../nbs/14_speed.ipynb #d3914b52
 def film_clips(
@@ -238,6 +244,7 @@ def film_clips(
     records = [Record(id=str(i), path=Path(film), label=i % num_classes, source=str(i)) for i in range(count)]
     return ClipDataset(records, None, pair.local.view, pair.global_.view, train=True, flip=True)
 
+# %% ../nbs/14_speed.ipynb #b3ae19b9
 def _endless(loader):
     "Batches, epoch after epoch."
     while True:
@@ -271,6 +278,7 @@ def _with_loader(step, data, batch_size, workers, steps, device):
         call()
     return (time.perf_counter() - begun) / steps, waited / steps
 
+# %% ../nbs/14_speed.ipynb #c3d6422a
 def _serve(pipe, name, job):
     "A candidate's process: warms up, then does what it is told to."
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -283,7 +291,9 @@ def _serve(pipe, name, job):
         with sdpa_kernel(SDPBackend.MATH) if job["math"] else contextlib.nullcontext(), _stepper(name, job["pair"], settings, job["options"], device) as step:
             call = _waited(lambda: step(batch), device)
             call(); call(); pipe.send(None)                                  # the first step has no optimiser state yet
-            tasks = {"step": call, "memory": lambda: None if before is None else peak_memory(device) - before, "loader": lambda: _with_loader(step, data, settings.batch_size, job["workers"], job["steps"], device)}
+            tasks = {"step": call,
+                     "memory": lambda: None if before is None else peak_memory(device) - before,
+                     "loader": lambda: _with_loader(step, data, settings.batch_size, job["workers"], job["steps"], device)}
             for word in iter(pipe.recv, "end"): pipe.send(tasks[word]())
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -328,8 +338,6 @@ class _Candidate:
 class _Stopped(Exception): "Why a candidate cannot be measured."
 
 # %% ../nbs/14_speed.ipynb #55278888
-NOMINAL = {"H200": 989., "H100 PCIe": 756., "H100": 989., "A100": 312.}  # TFLOP/s, bfloat16, dense: NVIDIA's data sheets
-
 def matrix_rate(
     device="cpu", # torch device
     precision="float32", # or bfloat16
@@ -341,6 +349,9 @@ def matrix_rate(
     a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, precision))
     seconds = measure({"": _waited(lambda: [a @ b for _ in range(4)], device)}, rounds)[""]
     return 4 * 2*size**3 / min(wall for wall, _ in seconds)
+
+# %% ../nbs/14_speed.ipynb #dc2f1264
+NOMINAL = {"H200": 989., "H100 PCIe": 756., "H100": 989., "A100": 312.}  # TFLOP/s, bfloat16, dense: NVIDIA's data sheets
 
 def nominal(
     name, # of the device
@@ -374,6 +385,7 @@ def _arms(job, rounds):
             return seconds, memory, arms["live"]("loader")
         except _Stopped as error: return str(error)
 
+# %% ../nbs/14_speed.ipynb #84c17ded
 def _added(values, parts): return [sum(some) for some in zip(*(values[part] for part in parts))]
 
 def _section(measured, gflops, batch_size, rate, workers):
@@ -444,6 +456,7 @@ def _train_heading(device, command, settings, rounds, rate):
             f"(on a CPU of the whole process). Matrix rate: {rate/1e12:.3g} TFLOP/s, one large product, measured here" + (f" (data sheet: {sheet/1e12:.0f})" if sheet else "") + "; work that is done twice to save memory does not count.",
             "", "Goals: live peers at most 1.05 times their parts on a GPU and 1.10 on a CPU, other teachers 1.05; memory 1.15."]
 
+# %% ../nbs/14_speed.ipynb #52d39935
 def _takes(pair, options):
     "Do both backbones know these options?"
     return all(set(options) <= set(getattr(find_backbone(side.backbone)[0].build(2), "config", ())) for side in (pair.local, pair.global_))

@@ -439,6 +439,7 @@ def test_where_nothing_was_planted_the_map_stays_balanced(tmp_path):
 
 def test_generated_features_say_so_and_are_the_same_however_interrupted(tmp_path, pair):
     assert all(s.dataset == "generated" and s.backbone.startswith("generated_") and "generated" in s.digest and {r.origin for r in s.records} == {"generated"} for s in pair)
+    assert "(generated, seed 0, signal 3.0: " in repr(pair[0])        # what made them, not the first letters of it
     class Stop(Exception): pass
     def stop(done, total):
         if done > 1000: raise Stop
