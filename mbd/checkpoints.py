@@ -26,6 +26,11 @@ def digest(
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
 
+# %% ../nbs/13_checkpoints.ipynb #32daa948
+def _file_digest(file):
+    "Start of the SHA-256 of a file."
+    with open(file, "rb") as data: return hashlib.file_digest(data, "sha256").hexdigest()[:16]
+
 # %% ../nbs/13_checkpoints.ipynb #07b4ca0c
 class CheckpointError(RuntimeError):
     "A checkpoint cannot be written, read or used. The message says which, and what to do."
@@ -41,9 +46,10 @@ class Checkpoint:
     score: float | None = None # larger is better; None: not measured
     file: Path | None = None   # where it was read from
 
-# %% ../nbs/13_checkpoints.ipynb #269ce616
+# %% ../nbs/13_checkpoints.ipynb #cfebb8b7
 _NAME = re.compile(r"([a-z0-9-]{1,64})\.(best\.)?([0-9]{8,15})\.step-([0-9]{1,15})\.([0-9a-f]{16})\.safetensors(\.damaged)?")
 
+# %% ../nbs/13_checkpoints.ipynb #269ce616
 class _Entry(NamedTuple):
     "A file of the folder, as its name tells."
     number: int   # of the save
@@ -95,10 +101,6 @@ def _settle(path):
     finally: os.close(handle)
 
 # %% ../nbs/13_checkpoints.ipynb #b37eeeee
-def _file_digest(file):
-    "Start of the SHA-256 of a file."
-    with open(file, "rb") as data: return hashlib.file_digest(data, "sha256").hexdigest()[:16]
-
 def _write(folder, name, tensors, text, best):
     "Write a checkpoint, whole or not at all. `name` has a place for 'best.' and one for the digest."
     part = folder/f".part-{name.partition('.')[0]}"; new, copy = part/"new", part/"copy"
@@ -116,7 +118,7 @@ def _write(folder, name, tensors, text, best):
         return file
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/13_checkpoints.ipynb #dd7687fb
+# %% ../nbs/13_checkpoints.ipynb #a44c26b6
 _KINDS = dict(stage=str, step=int, done=bool, score=(float, int, type(None)), state=dict, fingerprint=dict)
 
 def _parse(text, stage, step):
@@ -128,6 +130,7 @@ def _parse(text, stage, step):
     if (words["stage"], words["step"]) != (stage, step): raise ValueError(f"it is of stage {words['stage']!r:.80}, step {words['step']!r:.20}, and not what its name says")
     return words
 
+# %% ../nbs/13_checkpoints.ipynb #dd7687fb
 def _read(file):
     "(Checkpoint, its fingerprint). Raises ValueError where the file is damaged, OSError where it cannot be read."
     stage, _, _, step, key, _ = _NAME.fullmatch(file.name).groups()
@@ -192,6 +195,7 @@ def _refused(folder, stage, error, needed):
     return CheckpointError(f"{folder}: the checkpoint of stage {stage!r} was not saved: {error}. It needs {_mb(needed)}, {_mb(free)} are free. "
                            + (f"The last one, {files[0]}, is unharmed. " if files else "There is none before it. ") + "Make room or give another folder, and start again")
 
+# %% ../nbs/13_checkpoints.ipynb #cb37cdc3
 def _clear(folder, stage, keep):
     "Remove the older files of a stage, but for the last `keep` and the best."
     with contextlib.suppress(OSError):

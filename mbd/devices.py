@@ -36,6 +36,7 @@ def _answer(function, args, folder):
     text = json.dumps(function(*args), default=repr)
     (Path(folder) / f"{os.environ['RANK']}.json").write_text(text, encoding="utf-8")
 
+# %% ../nbs/13_devices.ipynb #05f3ca86
 def _child(rank, function, args, world, kind, threads, folder):
     "One of the processes: form the group, do the work, leave."
     torch.set_num_threads(threads)
@@ -95,11 +96,12 @@ def _unpack(data):
     text = data.numpy().tobytes()
     return load(text[1:])["value"] if text[:1] == b"t" else json.loads(text[1:])
 
-# %% ../nbs/13_devices.ipynb #d751a7b1
+# %% ../nbs/13_devices.ipynb #7d58327a
 def _wire():
     "Where tensors must lie to be sent."
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
+# %% ../nbs/13_devices.ipynb #d751a7b1
 def _exchange(data):
     "The bytes, (n,) uint8, of every process, in order of rank; n may differ."
     world = processes()[1]
@@ -158,6 +160,7 @@ def total(
     dist.all_reduce(summed)
     return summed.to(tensor.device)
 
+# %% ../nbs/13_devices.ipynb #f18184da
 def everyone(
     flag, # what this process says
 ) -> bool:
@@ -282,6 +285,14 @@ class Stopping:
 UNFINISHED = 75   # exit status of a program that saved and left before its end (EX_TEMPFAIL: try again)
 
 # %% ../nbs/13_devices.ipynb #96480c00
+def _choices(part):
+    "gpu -> [gpu]; [03-05,9] -> [03, 04, 05, 9]."
+    if not part.startswith("["): return [part]
+    ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", piece) for piece in part[1:-1].split(",")]
+    if not all(ranges): raise ValueError(f"node list: {part} cannot be read: expected numbers and ranges such as [03-05,9]")
+    return [str(n).zfill(len(r[1])) for r in ranges for n in range(int(r[1]), int(r[2] or r[1]) + 1)]
+
+# %% ../nbs/13_devices.ipynb #4a43a3cd
 def _hosts(
     text, # SLURM's short form, such as gpu[03-05,9],big1
 ) -> list:
@@ -289,13 +300,6 @@ def _hosts(
     names = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
     if ",".join(names) != text or not names: raise ValueError(f"node list {text!r} cannot be read: expected a form such as gpu[03-05,9],big1")
     return [host for name in names for host in map("".join, itertools.product(*map(_choices, re.findall(r"\[[^\]]*\]|[^\[]+", name))))]
-
-def _choices(part):
-    "gpu -> [gpu]; [03-05,9] -> [03, 04, 05, 9]."
-    if not part.startswith("["): return [part]
-    ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", piece) for piece in part[1:-1].split(",")]
-    if not all(ranges): raise ValueError(f"node list: {part} cannot be read: expected numbers and ranges such as [03-05,9]")
-    return [str(n).zfill(len(r[1])) for r in ranges for n in range(int(r[1]), int(r[2] or r[1]) + 1)]
 
 # %% ../nbs/13_devices.ipynb #729c2bbb
 def _whole(environ, *names):
@@ -305,6 +309,7 @@ def _whole(environ, *names):
     if not environ[name].isdecimal(): raise ValueError(f"{name}={environ[name]!r} is not a whole number")
     return int(environ[name])
 
+# %% ../nbs/13_devices.ipynb #4b99b917
 def _tasks_per_node(environ, tasks):
     "One count a node: from 2(x2),1 or from a number that holds for all nodes."
     name = next((n for n in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if n in environ), None)

@@ -40,6 +40,7 @@ def count_cost(
     stream.train(was)
     return Cost(sum(p.numel() for p in stream.parameters()), counter.get_total_flops() / 1e9)
 
+# %% ../nbs/12_pairs.ipynb #f53fc356
 @functools.lru_cache(None)
 def _count(name, frames, size, num_classes, options):
     def count(device):
@@ -84,6 +85,7 @@ class Side:
     @property
     def seen(self) -> tuple: return tuple(self.trained.seen) if self.trained else ()
 
+# %% ../nbs/12_pairs.ipynb #d9cb6654
 @dataclass(frozen=True)
 class Pair:
     "Two streams for a data set."
@@ -95,12 +97,13 @@ class Pair:
     default: bool = False
 
 # %% ../nbs/12_pairs.ipynb #493d1e0c
-UNEQUAL = 5.   # points of top-1 on the same list; beyond, a pair is flagged
-
 def solo(pair) -> tuple: # (local, global), per cent or None
     "Top-1 of each stream alone on the pair's data set, where it is published."
     known = lambda side: side.top1 if side.top1 is not None else side.trained.top1 if f"{pair.dataset}/train" in side.seen else None
     return known(pair.local), known(pair.global_)
+
+# %% ../nbs/12_pairs.ipynb #141fe762
+UNEQUAL = 5.   # points of top-1 on the same list; beyond, a pair is flagged
 
 def compared(pair) -> tuple | None: # (local, global, data set), or None: there are no two such numbers
     "Top-1 of both streams on the same list: the pair's own, or what both were trained on."
@@ -113,6 +116,7 @@ def flag(pair) -> str: # "unequal", "equal" or "?"
     numbers = compared(pair)
     return "?" if numbers is None else "unequal" if abs(numbers[0] - numbers[1]) > UNEQUAL else "equal"
 
+# %% ../nbs/12_pairs.ipynb #6b38186b
 def map_refused(pair) -> bool:
     "Has a stream seen the data set's training list? Then no map may be measured on it."
     return any(has_seen(side.seen, f"{pair.dataset}/train") for side in (pair.local, pair.global_))
@@ -136,6 +140,7 @@ def _tuned(dataset):
         images=(_CNN, Side("timesformer_s16", "imagenet21k"), "a Transformer that knows pictures and has yet to learn time; how good it gets here is unknown"),
         hand=_HAND)
 
+# %% ../nbs/12_pairs.ipynb #b94132ba
 PAIRS = {
     "ucf101": _tuned("ucf101"), "hmdb51": _tuned("hmdb51"),
     "kinetics400": _pairs("kinetics400", "pretrained",
@@ -225,6 +230,7 @@ def _step(side, batch_size, device, rounds):
         wait(); seconds.append((time.perf_counter() - start, time.process_time() - work))
     return seconds[1:]
 
+# %% ../nbs/12_pairs.ipynb #2e87a580
 def step_time(
     pair, # of the table
     batch_size=2, # clips in a step
