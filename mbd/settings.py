@@ -97,8 +97,9 @@ def _environment():
         first, _, rest = name.lower().partition("_")
         section, _, key = rest.partition("_")
         if first != "mbd": continue
-        if section not in SECTIONS or section == "run" or not key: section, key = "run", rest
-        if section != "run" or difflib.get_close_matches(key, SECTIONS["run"], cutoff=0.75):
+        slip = key and section not in SECTIONS and difflib.get_close_matches(section, SECTIONS, cutoff=0.75)      # MBD_DTA_UCF101
+        if not slip and (section not in SECTIONS or section == "run" or not key): section, key = "run", rest
+        if slip or section != "run" or difflib.get_close_matches(key, SECTIONS["run"], cutoff=0.75):
             yield section, key, os.environ[name], f"environment variable {name}", Path.cwd()
 
 # %% ../nbs/01_settings.ipynb #059a80af

@@ -76,7 +76,7 @@ def test_mistakes_in_the_file_are_named(tmp_path, text, parts):
     assert all(part in str(error.value) for part in parts), str(error.value)
 
 
-@pytest.mark.parametrize("name, part", [("MBD_DATA_UFC101", "did you mean 'ucf101'"), ("MBD_DEVIC", "did you mean 'device'"), ("MBD_DEVICE", "device = 'x'")])
+@pytest.mark.parametrize("name, part", [("MBD_DATA_UFC101", "did you mean 'ucf101'"), ("MBD_DTA_UCF101", "did you mean 'data'"), ("MBD_DEVIC", "did you mean 'device'"), ("MBD_DEVICE", "device = 'x'")])
 def test_mistakes_in_the_environment_are_named(monkeypatch, name, part):
     monkeypatch.setenv(name, "x")
     with pytest.raises(ValueError) as error: settings.load()
