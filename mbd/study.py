@@ -487,8 +487,8 @@ WEIGHTS = Study("study_weights", "how much distillation: what it does to the str
     "supervised": Arm(), **{f"{name} {w:g}": Arm(replace(teach, final_weight=w), groups="point") for name, teach in (("directed", _CO), ("both ways", _BOTH)) for w in (.1, .3, 1., 3., 10.)}})
 
 # %% ../nbs/16_study.ipynb #c99d0ea4
-def _long(frames): return Setting(labelled=97, per_source=1, frames=frames, gap=max(5, round(.4*frames) - 8), unlabelled=False, test_clips=max(1, frames // 32), global_=clips.View(max(11, frames // 8), 3, 24, sampling="segments"))
-LENGTH = Study("study_length", "long videos: the gap between the phases grows with them", {f"{n} frames": _long(n) for n in (32, 64, 128, 256)}, {"none": Arm(), "directed": Arm(_ALL, groups="point")})
+def _long(frames): return Setting(labelled=97, per_source=1, test_sources=50, frames=frames, phase=frames // 4, gap=round(.15*frames), unlabelled=False, test_clips=frames // 32, global_=clips.View(11, 3, 24, sampling="segments"))
+LENGTH = Study("study_length", "long videos: phases and gap grow with them", {f"{n} frames": _long(n) for n in (32, 64, 128, 256)}, {"none": Arm(), "directed": Arm(_ALL, groups="point")})
 
 # %% ../nbs/16_study.ipynb #8a6015e3
 STUDIES = {s.name: s for s in (FEW_LABELS, FULL_LABELS, WEIGHTS, LENGTH)}
