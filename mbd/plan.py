@@ -47,10 +47,10 @@ def try_step(
     "A training step of both streams on noise, after one that does not count. Raises torch.OutOfMemoryError."
     device = next(model.parameters()).device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with devices.seeded(0, device=device): views = random_clips(model, batch_size, device)      # the run's random numbers stay as they are
+    batch = dict(zip(("local", "global_"), views), label=torch.arange(batch_size) % len(model.classes), index=torch.arange(batch_size))
     before, settings = forget_peak(device), replace(settings, batch_size=batch_size*devices.processes()[1], accumulate=1, compile=False)
-    with devices.seeded(0, device=device), Trainer(copy.deepcopy(model), 10**6, settings) as trainer:      # the run's random numbers stay as they are
-        views = random_clips(model, batch_size, device)
-        batch = dict(zip(("local", "global_"), views), label=torch.arange(batch_size) % len(model.classes), index=torch.arange(batch_size))
+    with Trainer(copy.deepcopy(model), 10**6, settings) as trainer:
         for _ in range(2): wait(); begun = time.perf_counter(); trainer.step([batch]); wait(); seconds = time.perf_counter() - begun
     return seconds, None if before is None else max(0, peak_memory(device) - before)
 

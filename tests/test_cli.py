@@ -84,7 +84,8 @@ def test_resize_by_shards(ucf, tmp_path, capsys):
     (["analyse", "a.npz", "b.npz", "--output", "file"], 2, "file is a file"),
     (["bench", "data", "--real", "gone"], 2, "gone is no folder"), (["bench", "train", "--output", "file/table.md"], 2, "file is a file"), (["bench", "features", "file"], 2, "file is a file"),
 ])
-def test_errors_are_one_line_and_the_status_tells(words, status, said, capsys, tmp_path):
+def test_errors_are_one_line_and_the_status_tells(words, status, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MBD_PROGRESS", "none")      # which stands on the same stream
     (tmp_path / "file").write_text("no folder"); (tmp_path / "empty").mkdir()
     try: ended = cli.main(words)
     except SystemExit as error: ended = error.code
