@@ -50,7 +50,7 @@ from .miniactions import sized
 from . import devices
 from .pairs import count_cost, find_pair, map_refused
 from .recipes import Mixing
-from .training import Training
+from .training import Training, _check_split
 
 # %% ../nbs/16_experiment.ipynb #c6dfea32
 class ParameterError(ValueError):
@@ -205,7 +205,7 @@ COMMON = (
 )
 
 # %% ../nbs/16_experiment.ipynb #94811859
-_ALL = dict(map_on_val=False, also="none", temperature=2.0, final_weight=0.5, intermediate_weight=0.5)      # P4 gives no numbers: ours, from trials on the generated set
+_ALL = dict(map_on_val=False, also="none", temperature=2.0, final_weight=0.5, intermediate_weight=0.5)      # the paper's abstract gives no numbers (P4): ours, from trials on the generated set
 _HAND = dict(generator_seed=0, pair="hand", frames=16, size=56, protocol="1x1", augmentation="light", read="memory", batch_size=8, learning_rate=2e-3, distil_learning_rate=7e-4)
 PRESETS = {
     "smoke": dict(_ALL, **_HAND, train_videos=80, test_videos=40, warm_up_epochs=1, distil_epochs=1),
@@ -407,7 +407,7 @@ def resolve(
         raise ParameterError(f"device = {device!r}, but torch finds no GPU; use device = 'cpu'")
     usable = gpu and (device == "auto" or device.startswith("cuda"))
     if values["preset"] == "full" and "full" not in experiment.presets:
-        raise ParameterError(f"preset = 'full' of {experiment.name} is not built yet; use preset = 'mini' and data = 'real' for a part of the benchmark")
+        raise ParameterError(f"{experiment.name} has no preset 'full'; use preset = 'mini' and data = 'real' for a part of the benchmark")
     if values["preset"] == "full" and values["data"] == "generated":
         raise ParameterError("preset = 'full' runs on real data; use preset = 'mini' for data = 'generated'")
     wanted = values["data"] == "real" or values["preset"] == "full"
@@ -431,41 +431,73 @@ def _check_map(values, experiment):
         raise ParameterError(f"also = {values['also']!r} is the protocol itself; name another one, or none")
 
 # %% ../nbs/16_experiment.ipynb #d3b7657d
-def _fill(values, experiment, settings, device) -> SimpleNamespace:
-    "Replace what is None by the preset's and the settings' values."
-    preset = experiment.presets[values["preset"]]
-    known = {**preset, "precision": settings.precision, "workers": settings.workers, "reports": str(settings.reports)}
-    values = {n: known.get(n) if v is None or (n, v) == ("precision", "auto") else v for n, v in values.items()} | {"device": device}
-    if values["data"] == "generated" and values.get("split", 1) != 1:
+def _check_generated(values):
+    "Raises ParameterError where generated data cannot be had as asked for."
+    if values["data"] != "generated":
+        return
+    if values.get("split", 1) != 1:
         raise ParameterError(f"split = {values['split']}: the generated data has split 1 only")
+    if None in (values.get("train_videos"), values.get("test_videos")):
+        return
+    try:
+        groups = sized(values["train_videos"], values["test_videos"]).train_groups
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    if groups < 3 or not values["test_videos"]:
+        raise ParameterError(f"train_videos = {values['train_videos']}, test_videos = {values['test_videos']}: generated data needs at least 30 training videos (three groups of each class) and a test video; 0 (all) is for real data")
+
+# %% ../nbs/16_experiment.ipynb #bbce7420
+def _check_means(values, device):
+    "Raises ParameterError where a file, a clip, the precision or TensorBoard cannot be had."
     if values["precision"] == "float16" and not device.startswith("cuda"):
         raise ParameterError(f"precision = 'float16' needs a CUDA GPU, and device is {device!r}; set precision in settings.ini or with -p")
-    if values["data"] == "generated" and None not in (values.get("train_videos"), values.get("test_videos")):
-        try:
-            groups = sized(values["train_videos"], values["test_videos"]).train_groups
-        except ValueError as error:
-            raise ParameterError(str(error)) from None
-        if groups < 3 or not values["test_videos"]:
-            raise ParameterError(f"train_videos = {values['train_videos']}, test_videos = {values['test_videos']}: generated data needs at least 30 training videos (three groups of each class) and a test video; 0 (all) is for real data")
-    _check_map(values, experiment)
     for name, least in (("frames", 4), ("size", 16)):
         if 0 < (values.get(name) or 0) < least:
             raise ParameterError(f"{name} = {values[name]}: at least {least}, or 0 for what the pair's weights were trained with")
     for name in ("local_weights", "global_weights"):
         if values.get(name) and not Path(values[name]).is_file():
             raise ParameterError(f"{name} = {values[name]!r}: no such file; give one of tensors only (.safetensors, or a state dict), or leave it empty")
+    if values.get("tensorboard") and not importlib.util.find_spec("tensorboard"):
+        raise ParameterError("tensorboard = True, but it is not installed: pip install tensorboard, or leave it off; log.csv holds the same")
+
+# %% ../nbs/16_experiment.ipynb #af7e16ee
+def _check_pair(values, experiment):
+    "The name of the pair that is meant. Raises ParameterError where there is none, or its weights have seen the videos of the map."
+    try:
+        pair = find_pair("miniactions" if values["data"] == "generated" else experiment.data_name, values["pair"] or None)
+    except ValueError as error:
+        raise ParameterError(f"pair = {values['pair']!r}: {error}") from None
+    if "map_on_val" in values and map_refused(pair) and not values["map_on_val"]:
+        raise ParameterError(f"map_on_val = False, but the weights of pair {pair.name!r} have seen the training list of {experiment.data_name}: no map can be measured on it; set map_on_val = True")
+    return pair.name
+
+# %% ../nbs/16_experiment.ipynb #88276723
+def _check_step(parameters):
+    "Raises ParameterError where a step of training contradicts itself."
+    teaching(parameters)
+    if not hasattr(parameters, "accumulate"):      # heads on stored features have no recipe
+        return
+    try:
+        _check_split(recipe(parameters, epochs=1, learning_rate=parameters.learning_rate, seed=0), *devices.processes())
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+
+# %% ../nbs/16_experiment.ipynb #a64b64e6
+def _fill(values, experiment, settings, device) -> SimpleNamespace:
+    "Replace what is None by the preset's and the settings' values. Raises ParameterError where they cannot be, or not together."
+    preset = experiment.presets[values["preset"]]
+    known = {**preset, "precision": settings.precision, "workers": settings.workers, "reports": str(settings.reports)}
+    values = {n: known.get(n) if v is None or (n, v) == ("precision", "auto") else v for n, v in values.items()} | {"device": device}
+    _check_generated(values)
+    _check_map(values, experiment)
+    _check_means(values, device)
     if "pair" in values:
-        try:
-            pair = find_pair("miniactions" if values["data"] == "generated" else experiment.data_name, values["pair"] or None)
-        except ValueError as error:
-            raise ParameterError(f"pair = {values['pair']!r}: {error}") from None
-        values["pair"] = pair.name
-        if "map_on_val" in values and map_refused(pair) and not values["map_on_val"]:
-            raise ParameterError(f"map_on_val = False, but the weights of pair {pair.name!r} have seen the training list of {experiment.data_name}: no map can be measured on it; set map_on_val = True")
+        values["pair"] = _check_pair(values, experiment)
     holes = [n for n, v in values.items() if v is None]
     if holes:
         raise ParameterError(f"preset {values['preset']!r} of {experiment.name} has no value for {', '.join(holes)}")
-    return SimpleNamespace(**values)
+    _check_step(parameters := SimpleNamespace(**values))
+    return parameters
 
 # %% ../nbs/16_experiment.ipynb #55563d54
 def write_atomic(
@@ -704,10 +736,7 @@ def new_folder(
 # %% ../nbs/16_experiment.ipynb #ebe84275
 def _board(folder):
     "A writer for TensorBoard, in a folder that is begun anew: a run that goes on writes its earlier lines again."
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ParameterError("tensorboard = True, but it is not installed: pip install tensorboard, or leave it off; log.csv holds the same") from None
+    from torch.utils.tensorboard import SummaryWriter
     shutil.rmtree(folder, ignore_errors=True)
     return SummaryWriter(str(folder), flush_secs=10)
 
@@ -924,6 +953,16 @@ def _watch(run):
 _ASIDE = {"resume", "workers", "reports", "checkpoint_minutes", "tensorboard", "max_skipped", "device"}      # do not change what a run computes
 
 
+def _refused(record, status):
+    "What keeps a run from going on here, in words; empty where nothing does."
+    if status == "running":
+        return f"running: process {record['process']['pid']} of {record['process']['host']}, seen last {record['heartbeat']}"
+    if record.get("code") != code():
+        return f"{status}, and the code of mbd has changed since"
+    changed = {n: f"{v} then, {versions().get(n)} now" for n, v in record["versions"].items() if v != versions().get(n)}
+    return f"{status}, and was made with other versions: " + "; ".join(f"{n} {v}" for n, v in changed.items()) if changed else ""
+
+# %% ../nbs/16_experiment.ipynb #eca91303
 def unfinished(
     parent,  # folder of the experiment's runs
     parameters,  # all of them, by attribute
@@ -941,15 +980,10 @@ def unfinished(
             unseen = status == "complete" and record.get("notebook") is False and _shell() is not None      # `mbd train` trained it: now draw its figures
             if status == "complete" and not unseen:
                 continue
-            changed = {n: f"{v} then, {versions().get(n)} now" for n, v in record["versions"].items() if v != versions().get(n)}
-            if status == "running":
-                passed = passed or f"{path.parent.name} is running: process {record['process']['pid']} of {record['process']['host']}, seen last {record['heartbeat']}"
-            elif record.get("code") != code():
-                passed = passed or f"{path.parent.name} is {status}, and the code of mbd has changed since"
-            elif changed:
-                passed = passed or f"{path.parent.name} is {status}, and was made with other versions: " + "; ".join(f"{n} {v}" for n, v in changed.items())
-            else:
+            refused = _refused(record, status)
+            if not refused:
                 return path.parent, passed
+            passed = passed or f"{path.parent.name} is {refused}"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None, passed
@@ -1090,7 +1124,7 @@ def subset(
     wanted = {r.id for r in kept}
     return [r for r in records if r.id in wanted]
 
-
+# %% ../nbs/16_experiment.ipynb #972fb310
 def count_parts(
     parts: dict,  # part -> records that the run uses
     lists: dict,  # "train" and "test" -> mbd.datasets.Dataset

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from . import clips, devices, video
 from .experiment import ParameterError, recipe, seconds_in_words
+from .interventions import ORDERS
 from .pairs import within_memory
 from .speed import forget_peak, peak_memory, random_clips
 from .training import Trainer
@@ -26,6 +27,7 @@ def count_steps(
     each = max(1, videos["fit"] // p.batch_size)
     return {"warm-up": p.warm_up_epochs*each, "distil": p.distil_epochs*each} | ({"control": p.distil_epochs*each} if p.control else {})
 
+# %% ../nbs/16_plan.ipynb #bfc50f3e
 def count_views(
     videos: dict, # part -> number of its videos
     parameters, # of the run, by attribute
@@ -34,7 +36,7 @@ def count_views(
     p, models = parameters, 1 + bool(parameters.control)
     views = lambda name: math.prod(clips.protocol(name))
     main = views(p.protocol)*(videos["map"]*(1 + models) + (videos["gate"] + videos["test"])*models)
-    return main + videos["test"]*(3 + (views(p.also) if p.also != "none" else 0))
+    return main + videos["test"]*(len(ORDERS) + (views(p.also) if p.also != "none" else 0))
 
 # %% ../nbs/16_plan.ipynb #59150e92
 def try_step(
@@ -84,20 +86,25 @@ def free_memory(
     except (OSError, StopIteration, ValueError): pass      # no container, or one without a limit
     return min(free, default=None)
 
-# %% ../nbs/16_plan.ipynb #735b36d5
+# %% ../nbs/16_plan.ipynb #53b0ab80
 def _gib(count): return f"{count/2**30:.2g} GiB" if count >= 2**29 else f"{count/2**20:.3g} MiB"
 
+def _remedy(parameters):
+    "What to change where a step does not fit."
+    return "lower batch_size, raise accumulate (pieces of a step), " + ("" if parameters.checkpointing else "set checkpointing = True, ") + "or lower frames or size"
+
+# %% ../nbs/16_plan.ipynb #735b36d5
 def _tried(model, parameters, free):
     "Seconds and bytes of a step. Raises ParameterError where it does not fit."
-    p, device = parameters, next(model.parameters()).device
+    p, device, needed = parameters, next(model.parameters()).device, 0
     settings, piece = recipe(p, epochs=1, learning_rate=p.learning_rate, seed=0), p.batch_size // p.accumulate // devices.processes()[1]
-    remedy = "lower batch_size, raise accumulate (pieces of a step), " + ("" if p.checkpointing else "set checkpointing = True, ") + "or lower frames or size"
-    if device.type == "cpu" and free is not None:
-        needed = piece*kept_bytes(model) + 4*sum(q.numel()*q.element_size() for q in model.parameters())
-        if needed > free: raise ParameterError(f"batch_size = {p.batch_size}: a step would take about {_gib(needed)}, and {_gib(free)} of memory are free; {remedy}")
-    found = within_memory(lambda: try_step(model, settings, max(2, piece)))
-    if isinstance(found, str): raise ParameterError(f"batch_size = {p.batch_size}: a step does not fit into the memory of {device} ({_gib(free or 0)} were free); {remedy}")
-    return found[0]*p.accumulate, found[1] or 0
+    if device.type == "cpu":
+        needed = int(piece*kept_bytes(model)) + 4*sum(q.numel()*q.element_size() for q in model.parameters())
+        if free is not None and needed > free:
+            raise ParameterError(f"batch_size = {p.batch_size}: a step would take about {_gib(needed)}, and {_gib(free)} of memory are free; {_remedy(p)}")
+    found = within_memory(lambda: try_step(model, settings, piece))
+    if isinstance(found, str): raise ParameterError(f"batch_size = {p.batch_size}: a step does not fit into the memory of {device} ({_gib(free or 0)} were free); {_remedy(p)}")
+    return found[0]*p.accumulate, found[1] or needed
 
 # %% ../nbs/16_plan.ipynb #21fc78eb
 def _read_some(records, keep, views, most=4):
@@ -115,12 +122,18 @@ def _read_some(records, keep, views, most=4):
     mean = lambda values: sum(values)/len(values) if values else 0.
     return mean(taken), mean(size), mean(cuts)
 
+# %% ../nbs/16_plan.ipynb #68ba0926
+def _together(work, read, workers):
+    "Seconds from one step to the next, where a step computes for `work` seconds and one process reads its clips in `read`."
+    return max(work, read/workers) if workers else work + read
+
 # %% ../nbs/16_plan.ipynb #d1cb66a8
-def _disk_needed(model, parameters, generated=0):
+def _disk_needed(model, parameters):
     "Bytes that the run writes, at most."
     weights = sum(t.numel()*t.element_size() for t in model.state_dict().values())
-    copies = 3 + bool(parameters.average) + (parameters.teacher == "averaged")
-    return 3*copies*weights + (3 + bool(parameters.control))*weights + generated
+    held = 3 + bool(parameters.average) + (parameters.teacher == "averaged")      # times the weights, in a checkpoint: the weights, two averages of Adam, ...
+    kept = 3 + bool(parameters.control)      # results
+    return (3*held + kept)*weights
 
 # %% ../nbs/16_plan.ipynb #3d5e9d30
 @dataclass(frozen=True)
@@ -147,6 +160,15 @@ class Plan:
             f"  memory   about {_gib(self.memory)}" + (f", {_gib(self.frames)} of it frames" if self.frames else "") + (f"; {_gib(self.free)} free" if self.free is not None else ""),
             f"  disk     at most {_gib(self.disk)}; {_gib(self.room)} free"])
 
+# %% ../nbs/16_plan.ipynb #ad6ed558
+def _seconds(steps, views, step, cut, parameters):
+    "Seconds of all stages and answers, given those of a step and of cutting a clip."
+    p, world = parameters, devices.processes()[1]
+    workers, read = p.workers if p.read == "files" else 0, cut*p.batch_size/world
+    copies = p.arm != "none" and p.teacher != "live"      # teachers that answer besides the streams
+    train = sum(n*_together(step*(4/3 if copies and name == "distil" else 1), read, workers) for name, n in steps.items())
+    return train + views/p.batch_size*_together(step/3, read, workers)
+
 # %% ../nbs/16_plan.ipynb #60864b32
 def make_plan(
     parts: dict, # part -> records
@@ -157,18 +179,14 @@ def make_plan(
     limit=2.0, # GiB that they may take
 ) -> Plan:
     "Count, try and compare. Raises ParameterError that names the parameter to change where something cannot fit."
-    p, views, free = parameters, (model.local_view, model.global_view), free_memory(next(model.parameters()).device)
-    videos, total = {name: len(records) for name, records in parts.items()}, sum(map(len, parts.values()))
-    decode, size, cut = _read_some(parts["fit"], keep, views)
+    p, device = parameters, next(model.parameters()).device
+    videos, total, free = {name: len(records) for name, records in parts.items()}, sum(map(len, parts.values())), free_memory(device)
+    decode, size, cut = _read_some(parts["fit"], keep, (model.local_view, model.global_view))
     frames = int(size*total)
     if frames > limit*2**30: raise ParameterError(f"read = 'memory': the decoded videos would take about {_gib(frames)}, and {limit:g} GiB are allowed; set read = 'files', or lower train_videos and test_videos")
-    step, bytes_ = _tried(model, p, None if free is None else free - frames*(next(model.parameters()).device.type == "cpu"))
     disk, room = _disk_needed(model, p), shutil.disk_usage(folder).free
     if disk > room: raise ParameterError(f"reports: the checkpoints may take {_gib(disk)}, and {_gib(room)} are free where the run folder lies; name another folder with reports, or make room")
-    steps, answered, (_, world) = count_steps(videos, p), count_views(videos, p), devices.processes()
-    readers = max(1, p.workers if p.read == "files" else 0)*world
-    read, copies = cut*p.batch_size/readers, p.arm != "none" and p.teacher != "live"
-    one = lambda work: work + read if not p.workers or p.read == "memory" else max(work, read)
-    train = sum(n*one(step*(4/3 if copies and name == "distil" else 1)) for name, n in steps.items())
-    seconds = train + answered/p.batch_size*one(step/3) + decode*total/2      # two threads decode
-    return Plan(videos, steps, answered, p.batch_size, step, cut, seconds, frames + bytes_, frames, free, disk, room)
+    step, bytes_ = _tried(model, p, None if free is None else free - frames*(device.type == "cpu"))
+    steps, views = count_steps(videos, p), count_views(videos, p)
+    seconds = _seconds(steps, views, step, cut, p) + decode*total/2      # two threads decode
+    return Plan(videos, steps, views, p.batch_size, step, cut, seconds, frames + bytes_, frames, free, disk, room)

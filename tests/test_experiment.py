@@ -127,10 +127,24 @@ def test_every_field_of_the_distillation_is_a_parameter_of_a_run_but_for_the_two
         assert ex.teaching(chosen) == Distillation("both", final="decoupled", intermediate="logit", teacher="averaged", teacher_decay=0.99, only_right_teacher=False, student_below=0.6, warm_up=0.1, fade=0.3)
 
 
-@pytest.mark.parametrize("given, words", [({"teach_warm_up": 0.7, "teach_fade": 0.6}, "more than the whole stage"), ({"batch_size": 2}, "batch_size = 2.*intermediate = logit")])
-def test_values_that_do_not_go_together_are_refused_before_training(tmp_path, given, words):
-    chosen, _ = ex.resolve(ex.check_parameters({"preset": "smoke", **given}, "ucf101"), "ucf101", settings(tmp_path), gpu=False)
-    with pytest.raises(ex.ParameterError, match=words): ex.teaching(chosen)
+@pytest.mark.parametrize("given, words", [
+    ({"teach_warm_up": 0.7, "teach_fade": 0.6}, "more than the whole stage"), ({"batch_size": 2}, "batch_size = 2.*intermediate = logit"),
+    ({"accumulate": 4}, "batch_size = 8.*needs 3"), ({"accumulate": 3, "intermediate": "logit"}, "choose a multiple of 3"), ({"accumulate": 8, "intermediate": "logit"}, "leaves one clip each"),
+])
+def test_values_that_do_not_go_together_are_refused_before_a_folder_is_made(tmp_path, given, words):
+    with pytest.raises(ex.ParameterError, match=words): ex.start("ucf101", {"preset": "smoke", **given}, settings(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_display_that_is_not_installed_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else found(name, *more))
+    with pytest.raises(ex.ParameterError, match="tensorboard = True.*pip install tensorboard"): ex.start("ucf101", {"preset": "smoke", "tensorboard": True}, settings(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_on_stored_features_are_checked_too(tmp_path):
+    with pytest.raises(ex.ParameterError, match="batch_size = 2"): ex.resolve(ex.check_parameters({"preset": "smoke", "batch_size": 2}, "features"), "features", settings(tmp_path), gpu=False)
 
 
 def test_stored_vectors_have_no_cells_to_compare():
@@ -144,7 +158,7 @@ COMPLETE = ex.Experiment("ucf101", "ucf101", presets={**ex.PRESETS, "full": ex.P
 
 def test_full_is_refused_where_an_experiment_has_none(tmp_path):
     s, small = settings(tmp_path, data={"ucf101": tmp_path}, device="cuda"), ex.Experiment("ucf101", "ucf101", presets={n: ex.PRESETS[n] for n in ("smoke", "mini")})
-    with pytest.raises(ex.ParameterError, match="not built yet.*data = 'real'"):
+    with pytest.raises(ex.ParameterError, match="has no preset 'full'.*data = 'real'"):
         ex.resolve(ex.check_parameters({"preset": "full"}, small), small, s, gpu=True)
     assert ex.resolve(ex.check_parameters({}, small), small, s, gpu=True)[0].preset == "mini"
 
