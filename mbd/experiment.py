@@ -128,7 +128,7 @@ def teaching(
     "How the streams teach each other in this run. Raises ParameterError where values do not go together."
     names = {p.name: p.name.removeprefix("teach_") for p in TEACHING}
     if parameters.intermediate == "relation" and parameters.intermediate_weight > 0 and parameters.batch_size // getattr(parameters, "accumulate", 1) < 3:
-        raise ParameterError(f"batch_size = {parameters.batch_size}: intermediate = relation compares the clips of a batch and needs 3; raise it, or set intermediate = logit")
+        raise ParameterError(f"batch_size = {parameters.batch_size}, accumulate = {getattr(parameters, 'accumulate', 1)}: intermediate = relation compares the clips of a piece of a batch and needs 3; raise batch_size, lower accumulate, or set intermediate = logit")
     try:
         return Distillation(**{field: getattr(parameters, name) for name, field in names.items()})
     except ValueError as error:
