@@ -20,34 +20,11 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # %% ../nbs/10_distillation.ipynb #4ac8a05f
-def _choose(name, value, known):
-    "Raise ValueError where a value is none of the known ones."
-    if value not in known: raise ValueError(f"{name} = {value!r} is unknown; choose one of {', '.join(known)}")
-
-def _check_number(name, value, low, high, remedy, open_low=False, open_high=False):
-    "Raise ValueError where a value is no number from low to high."
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    if good and not (open_low and value == low) and not (open_high and value == high): return
-    bounds = f"{'above' if open_low else 'at least'} {low:g}" + (f" and {'below' if open_high else 'at most'} {high:g}" if high < math.inf else "")
-    raise ValueError(f"{name} must be {bounds}, not {value!r}; {remedy}")
-
 def _check_logits(student_logits, teacher_logits, temperature):
     "Raise ValueError unless both are (B, K) alike and the temperature is above 0."
     if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
         raise ValueError(f"student and teacher logits must share a shape (B, K), not {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}; both streams need the same classes")
     if not (math.isfinite(temperature) and temperature > 0): raise ValueError(f"temperature must be above 0, not {temperature}; 1 to 4 are usual")
-
-def _check_labels(labels, logits):
-    "Raise ValueError unless labels are (B,) whole numbers within the classes of logits (B, K)."
-    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64: raise ValueError(f"labels must be ({len(logits)},) of int64, not {tuple(labels.shape)} of {labels.dtype}")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-        raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, found {int(labels.min())}..{int(labels.max())}; leave videos without a label out, or give them the teacher's first choice")
-
-def _mean_row(rows, weight):
-    "Sum of the weighted rows divided by the batch size; ValueError where their shapes differ"
-    if weight is None: return rows.mean()
-    if weight.shape != rows.shape: raise ValueError(f"weight must have shape {tuple(rows.shape)}, one for each video, not {tuple(weight.shape)}")
-    return (weight.to(rows) * rows).sum() / len(rows)
 
 # %% ../nbs/10_distillation.ipynb #2b62cc49
 def soft_kl(
@@ -61,6 +38,13 @@ def soft_kl(
     log_q = (student_logits.to(dtype) / temperature).log_softmax(1)
     log_p = (teacher_logits.detach().to(dtype) / temperature).log_softmax(1)
     return temperature ** 2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+# %% ../nbs/10_distillation.ipynb #5d0e71a5
+def _check_labels(labels, logits):
+    "Raise ValueError unless labels are (B,) whole numbers within the classes of logits (B, K)."
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64: raise ValueError(f"labels must be ({len(logits)},) of int64, not {tuple(labels.shape)} of {labels.dtype}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, found {int(labels.min())}..{int(labels.max())}; leave videos without a label out, or give them the teacher's first choice")
 
 # %% ../nbs/10_distillation.ipynb #1bdf64cc
 def decoupled_kl(
@@ -101,12 +85,7 @@ def relations(
     pooled = _pooled(feature_map)
     return F.normalize(pooled - pooled.mean(0), dim=1, eps=1e-6)
 
-# %% ../nbs/10_distillation.ipynb #d690dd00
-def _stacked(rows):
-    "(P, N, C) of [(N, C), ...], filled up with zeros: they change no length and no product"
-    dtype = functools.reduce(torch.promote_types, [r.dtype for r in rows])
-    return nn.utils.rnn.pad_sequence([r.T.to(dtype) for r in rows], batch_first=True).mT
-
+# %% ../nbs/10_distillation.ipynb #5d0e71b5
 def _relation_rows(own, students, teachers, first):
     "(P, b) loss of each own row (P, b, C); everybody's rows (P, N, C), the own ones from number `first` on, are landmarks"
     unit = lambda rows, centre: F.normalize(rows - centre.mean(1, keepdim=True), dim=2, eps=1e-6)
@@ -115,6 +94,20 @@ def _relation_rows(own, students, teachers, first):
     others = 1 - torch.eye(students.shape[1], dtype=own.dtype, device=own.device)[mine]
     return (difference.square() * others).sum(2) / (students.shape[1] - 1)
 
+# %% ../nbs/10_distillation.ipynb #5d0e71b8
+def _stacked(rows):
+    "(P, N, C) of [(N, C), ...], filled up with zeros: they change no length and no product"
+    dtype = functools.reduce(torch.promote_types, [r.dtype for r in rows])
+    return nn.utils.rnn.pad_sequence([r.T.to(dtype) for r in rows], batch_first=True).mT
+
+# %% ../nbs/10_distillation.ipynb #5d0e71bb
+def _mean_row(rows, weight):
+    "Sum of the weighted rows divided by the batch size; ValueError where their shapes differ"
+    if weight is None: return rows.mean()
+    if weight.shape != rows.shape: raise ValueError(f"weight must have shape {tuple(rows.shape)}, one for each video, not {tuple(weight.shape)}")
+    return (weight.to(rows) * rows).sum() / len(rows)
+
+# %% ../nbs/10_distillation.ipynb #d690dd00
 def _relation_losses(maps, gather=None, few=False):
     "A scalar for each (student map, teacher map, weight) of the list, all at once; zeros where `few` videos are allowed and there are below 3"
     for student, teacher, _ in maps:
@@ -153,6 +146,16 @@ def pair_stages(
     if len(names_local) <= len(names_global): return [(names_local[i], names_global[j]) for i, j in enumerate(longer)]
     return [(names_local[j], names_global[i]) for i, j in enumerate(longer)]
 
+# %% ../nbs/10_distillation.ipynb #5d0e71e2
+def _pairs(local, global_, stages):
+    "The pairs of stages to compare. ValueError on names that a stream does not have"
+    if stages is None: return pair_stages(local.stages, global_.stages)
+    for pair in stages:
+        for name, side, known in zip(pair, ("local", "global"), (local.stages, global_.stages)):
+            if name not in known: raise ValueError(f"stages: the {side} stream has no stage {name!r}; it has {', '.join(known)}")
+    if not stages: raise ValueError("stages is empty: give pairs (local name, global name), None for pairs by depth, or set intermediate_weight to 0")
+    return list(stages)
+
 # %% ../nbs/10_distillation.ipynb #69ef9413
 def logit_loss(
     student_map: torch.Tensor, # (B, C, T, H, W) stage features of the student
@@ -164,6 +167,11 @@ def logit_loss(
     "T^2 KL between the teacher's answer and what a linear head reads off a stage of the student (after Hao et al. 2023). ValueError on shapes and T"
     with torch.autocast(student_map.device.type, enabled=False):
         return _mean_row(soft_kl(projection(_pooled(student_map)), teacher_logits, temperature), weight)
+
+# %% ../nbs/10_distillation.ipynb #5d0e71d1
+def _choose(name, value, known):
+    "Raise ValueError where a value is none of the known ones."
+    if value not in known: raise ValueError(f"{name} = {value!r} is unknown; choose one of {', '.join(known)}")
 
 # %% ../nbs/10_distillation.ipynb #2cedc2c3
 @dataclass
@@ -217,6 +225,7 @@ def _resampled(feature_map, rows, axis):
     moved = feature_map.movedim(axis, 1)
     return (mix @ moved.flatten(2)).unflatten(2, moved.shape[2:]).movedim(1, axis)
 
+# %% ../nbs/10_distillation.ipynb #5d0e71d7
 def _refuse_unlike(student, teacher, batch):
     "Raise ValueError where two placements cannot be matched cell by cell."
     for name in ("t0", "t1", "box", "flip"):
@@ -315,15 +324,6 @@ class Projections(nn.Module):
             self.to_global = nn.ModuleList(layer(global_.stages[g], local.stages[l], local.logits.shape[1]) for l, g in needed)
             self.to_local = nn.ModuleList(layer(local.stages[l], global_.stages[g], local.logits.shape[1]) for l, g in needed)
 
-def _pairs(local, global_, stages):
-    "The pairs of stages to compare. ValueError on names that a stream does not have"
-    if stages is None: return pair_stages(local.stages, global_.stages)
-    for pair in stages:
-        for name, side, known in zip(pair, ("local", "global"), (local.stages, global_.stages)):
-            if name not in known: raise ValueError(f"stages: the {side} stream has no stage {name!r}; it has {', '.join(known)}")
-    if not stages: raise ValueError("stages is empty: give pairs (local name, global name), None for pairs by depth, or set intermediate_weight to 0")
-    return list(stages)
-
 # %% ../nbs/10_distillation.ipynb #e514346e
 ARMS = ("directed", "both", "reversed", "to_global", "to_local", "none")
 
@@ -376,6 +376,14 @@ class Lesson:
     "What a teacher answers: without history."
     logits: torch.Tensor # (B, K), divided by its temperature
     stages: OrderedDict # name -> (B, C, T, H, W)
+
+# %% ../nbs/10_distillation.ipynb #5d0e71f1
+def _check_number(name, value, low, high, remedy, open_low=False, open_high=False):
+    "Raise ValueError where a value is no number from low to high."
+    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    if good and not (open_low and value == low) and not (open_high and value == high): return
+    bounds = f"{'above' if open_low else 'at least'} {low:g}" + (f" and {'below' if open_high else 'at most'} {high:g}" if high < math.inf else "")
+    raise ValueError(f"{name} must be {bounds}, not {value!r}; {remedy}")
 
 # %% ../nbs/10_distillation.ipynb #a0497ab4
 class Teacher(nn.Module):
@@ -493,18 +501,6 @@ def _intermediate(config, student_map, teacher_map, teacher_logits, mask, places
     if config.intermediate == "hint": return hint_loss(student_map, teacher_map, layer, *places, mask, gather)
     return attention_loss(student_map, teacher_map, *places, mask)
 
-def _refuse_incomplete(config, places, projections, stages, mixed):
-    "Raise ValueError where the intermediate loss lacks what it needs."
-    kind = config.intermediate
-    if kind in ("hint", "attention") and mixed:
-        raise ValueError(f"intermediate={kind!r} compares cells that show the same place of the same video, and a mixed clip shows two videos: switch mixup and cutmix off, or use intermediate='relation' or 'logit'")
-    if kind in ("hint", "attention") and places is None:
-        raise ValueError(f"intermediate={kind!r} compares cells at the same time and place: pass places=(Placement.from_batch(batch, 'local'), Placement.from_batch(batch, 'global')), or use intermediate='relation' or 'logit'")
-    if kind in ("hint", "logit") and (projections is None or projections.intermediate != kind):
-        raise ValueError(f"intermediate={kind!r} trains layers of its own: pass projections=Projections({kind!r}, local, global_), made once for a stage and given to an optimiser" + ("" if projections is None else f"; these are for {projections.intermediate!r}"))
-    if kind in ("hint", "logit") and stages is not None and list(stages) != projections.pairs:
-        raise ValueError(f"stages = {list(stages)} differ from the pairs {projections.pairs} that the projections were made for; leave stages out, or make the projections with them")
-
 # %% ../nbs/10_distillation.ipynb #a025b56b
 def _lessons(config, local, global_, teacher_local, teacher_global, labels, group_codes, others):
     "[(labels, to_global, to_local), ...]: one lesson, or for mixed clips two, their masks weighted by the labels' shares"
@@ -518,6 +514,19 @@ def _lessons(config, local, global_, teacher_local, teacher_global, labels, grou
         rules = y, config.only_right_teacher, config.student_below, config.sure_above
         lessons.append((y, part * to_global * lesson_mask(global_.logits, teacher_local.logits, *rules), part * to_local * lesson_mask(local.logits, teacher_global.logits, *rules)))
     return lessons
+
+# %% ../nbs/10_distillation.ipynb #5d0e71f6
+def _refuse_incomplete(config, places, projections, stages, mixed):
+    "Raise ValueError where the intermediate loss lacks what it needs."
+    kind = config.intermediate
+    if kind in ("hint", "attention") and mixed:
+        raise ValueError(f"intermediate={kind!r} compares cells that show the same place of the same video, and a mixed clip shows two videos: switch mixup and cutmix off, or use intermediate='relation' or 'logit'")
+    if kind in ("hint", "attention") and places is None:
+        raise ValueError(f"intermediate={kind!r} compares cells at the same time and place: pass places=(Placement.from_batch(batch, 'local'), Placement.from_batch(batch, 'global')), or use intermediate='relation' or 'logit'")
+    if kind in ("hint", "logit") and (projections is None or projections.intermediate != kind):
+        raise ValueError(f"intermediate={kind!r} trains layers of its own: pass projections=Projections({kind!r}, local, global_), made once for a stage and given to an optimiser" + ("" if projections is None else f"; these are for {projections.intermediate!r}"))
+    if kind in ("hint", "logit") and stages is not None and list(stages) != projections.pairs:
+        raise ValueError(f"stages = {list(stages)} differ from the pairs {projections.pairs} that the projections were made for; leave stages out, or make the projections with them")
 
 # %% ../nbs/10_distillation.ipynb #cd1ef070
 def distillation_terms(
