@@ -67,6 +67,7 @@ def _line(error):
 # %% ../nbs/17_cli.ipynb #023950f7
 def _written_out():
     "Write what is printed and still waits; where the reader has gone, leave it."
+    if sys.stdout is None: return                               # it was closed before we began
     try: sys.stdout.flush()
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

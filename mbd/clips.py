@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch, torch.nn.functional as F
 from . import video
-from .settings import nearest
+from .settings import KitError, nearest
 
 # %% ../nbs/05_clips.ipynb #0dc1a710
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def load_frames(
             else: frames[record.id] = out; total += out.nbytes
             if len(unreadable) > max_failures * len(records):
                 pool.shutdown(cancel_futures=True)
-                raise RuntimeError(f"{len(unreadable)} of the first {done} of {len(records)} videos could not be read, max_failures = {max_failures} allows {int(max_failures * len(records))}; "
+                raise KitError(f"{len(unreadable)} of the first {done} of {len(records)} videos could not be read, max_failures = {max_failures} allows {int(max_failures * len(records))}; "
                                    f"the last: {out}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
             if total > limit_gib * 2**30:
                 pool.shutdown(cancel_futures=True)
@@ -571,7 +571,7 @@ def _check_failures(data):
     if len(data.failures) <= data.max_failures * len(data.records): return
     paths = {r.id: r.path for r in data.records if r.id in data.failures}
     first = "; ".join(f"{paths[id]}: {why}" for id, why in list(data.failures.items())[:3])
-    raise RuntimeError(f"{len(data.failures)} of {len(data.records)} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * len(data.records))}: {first}"
+    raise KitError(f"{len(data.failures)} of {len(data.records)} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * len(data.records))}: {first}"
                        f"{'; ...' if len(data.failures) > 3 else ''}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
 
 # %% ../nbs/05_clips.ipynb #c4429ca2
@@ -600,7 +600,7 @@ class Batches:
         try: yield from self.loader
         except RuntimeError as error:
             if "timed out" not in str(error): raise
-            raise RuntimeError(f"no batch came for {_PATIENCE} seconds: a decoder hangs, or the disk is that slow. Run `mbd data check`, which lists every hanging file and which training then leaves out; or set workers to 0") from error
+            raise KitError(f"no batch came for {_PATIENCE} seconds: a decoder hangs, or the disk is that slow. Run `mbd data check`, which lists every hanging file and which training then leaves out; or set workers to 0") from error
 
 # %% ../nbs/05_clips.ipynb #10beef5c
 def batches(

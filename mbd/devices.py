@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from .settings import _device, nearest
+from .settings import KitError, _device, nearest
 
 # %% ../nbs/13_devices.ipynb #cbe59fdf
 def processes() -> tuple: # (rank of this process, number of processes)
@@ -178,7 +178,7 @@ def main_first():
     RuntimeError instead of waiting. The processes must not exchange anything inside."""
     if processes()[0]:
         error = broadcast(None)
-        if error: raise RuntimeError(f"the main process failed, which was to go first: {error}")
+        if error: raise KitError(f"the main process failed, which was to go first: {error}")
         yield
         return
     try: yield

@@ -736,7 +736,8 @@ def new_folder(
 # %% ../nbs/16_experiment.ipynb #ebe84275
 def _board(folder):
     "A writer for TensorBoard, in a folder that is begun anew: a run that goes on writes its earlier lines again."
-    from torch.utils.tensorboard import SummaryWriter
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error: raise ParameterError(f"tensorboard = True, but it cannot be used ({error}); pip install -U tensorboard, or leave it out") from None
     shutil.rmtree(folder, ignore_errors=True)
     return SummaryWriter(str(folder), flush_secs=10)
 

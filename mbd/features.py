@@ -23,6 +23,7 @@ from .distillation import Distillation
 from .evaluation import evaluate, paired_difference, top_k_correct
 from .local_stream import StreamOutput, build_stream, find_backbone, register, stream_view
 from .model import MBD
+from .settings import KitError
 from .training import Training
 
 # %% ../nbs/14_features.ipynb #d427ca35
@@ -276,7 +277,7 @@ def _fill(place, index, records, stream, shard, view, flip, augment, seed, devic
             if isinstance(clips, str): part.note(number // n, index["ids"][number], clips); failed += 1
             else: part.write(number // n, _to_float16(_features(stream, clips, batch, device), index["widths"], index["ids"][number]))
             if failed > max_failures*len(own):
-                raise RuntimeError(f"{failed} of {len(own)} videos could not be read, and max_failures = {max_failures} allows {int(max_failures*len(own))}; the last: {records[number].path}: {part.reasons.get(index['ids'][number], 'read')}. Run `mbd data check`, which lists every unreadable file; then ask again with retry, or raise max_failures")
+                raise KitError(f"{failed} of {len(own)} videos could not be read, and max_failures = {max_failures} allows {int(max_failures*len(own))}; the last: {records[number].path}: {part.reasons.get(index['ids'][number], 'read')}. Run `mbd data check`, which lists every unreadable file; then ask again with retry, or raise max_failures")
             if progress: progress(done, len(own))
 
 # %% ../nbs/14_features.ipynb #2bb30347

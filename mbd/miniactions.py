@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import numpy as np
-from .settings import nearest
+from .settings import KitError, nearest
 from .video import write_video
 
 # %% ../nbs/04_miniactions.ipynb #61194128
@@ -40,7 +40,7 @@ class Spec:
     frames: int = 32          # frames a video
     size: int = 64            # height and width in pixels
     gap: int = 13             # neutral frames between the two phases of SameHand/OtherHand; ComesBack/PassesThrough has 3 more
-    phase: int = 8            # frames of such a phase: how slowly the arm goes up and down, the ball comes and goes
+    phase: int = 8            # frames of such a phase: how long the arm stays up, how slowly the ball comes and goes
     difficulty: float = 1.0   # scales noise, clutter, drift and flicker; 0 is clean
     seed: int = 0             # generator seed
 
@@ -392,7 +392,7 @@ def _run_workers(folder, workers, there, total, progress):
             if progress and done < total: progress(done, total)
         if progress: progress(there(), total)
         for p in processes:
-            if p.returncode: raise RuntimeError(f"{folder}: a generator worker failed; what was made is kept, run again to go on\n{p.stderr.read()[-2000:]}")
+            if p.returncode: raise KitError(f"{folder}: a generator worker failed; what was made is kept, run again to go on\n{p.stderr.read()[-2000:]}")
     finally:
         for p in processes: p.kill(); p.wait(); p.stderr.close()
 
@@ -428,7 +428,7 @@ def generate(
     if there() < len(paths):
         _drop_lists(folder/lists)                                      # a set with a hole must not look whole
         _describe(folder, spec, layout, "generating"); _run_workers(folder, workers or os.cpu_count() or 1, there, len(paths), progress)
-        if there() < len(paths): raise RuntimeError(f"{folder}: {len(paths) - there()} of {len(paths)} videos were not made; run again to go on")
+        if there() < len(paths): raise KitError(f"{folder}: {len(paths) - there()} of {len(paths)} videos were not made; run again to go on")
         for place in places:
             for part in place.glob(".*.part"): part.unlink(missing_ok=True)
     _write_lists(folder/lists, texts(spec, videos)); _describe(folder, spec, layout, "complete")

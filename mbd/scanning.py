@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from . import video
+from .settings import KitError
 from .video import FrameIndex, VideoError, _whole
 
 # %% ../nbs/03_scanning.ipynb #9c56d180
@@ -118,7 +119,7 @@ class _Helper:
         self.process.stdin.write(json.dumps(sys.path).encode() + b"\n")
         if "ready" not in self.exchange([self.function, self.timeout + 30], 120):
             self.stop()
-            raise RuntimeError(f"no process for {':'.join(self.function)} can be started: {self.said}")
+            raise KitError(f"no process for {':'.join(self.function)} can be started: {self.said}")
 
     def exchange(self, question, seconds):
         "The answer to a question, or the reason why there is none."

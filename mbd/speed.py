@@ -327,13 +327,15 @@ class _Candidate:
 
     def answer(self):
         try: said = self.pipe.recv()
-        except EOFError: raise _Stopped("was ended by the system, most likely for its memory") from None
+        except (EOFError, OSError): raise _Stopped("was ended by the system, most likely for its memory") from None
         if type(said).__name__ == "_Failed":
             if said.words: raise _Stopped(said.words)
             raise RuntimeError(said.text)
         return said
 
-    def __call__(self, word="step"): self.pipe.send(word); return self.answer()
+    def __call__(self, word="step"):
+        with contextlib.suppress(OSError): self.pipe.send(word)        # of a process that has ended, `answer` says so
+        return self.answer()
 
 class _Stopped(Exception): "Why a candidate cannot be measured."
 

@@ -275,7 +275,10 @@ class Setting:
     arm_learning_rate: float = 1e-3
 
     @property
-    def hash(self): return hashlib.sha256(json.dumps([miniactions.VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:8]
+    def hash(self):
+        knobs = asdict(self)
+        if self.phase == Setting.phase: del knobs["phase"]      # the knob is younger than the first warm-ups, which stay valid
+        return hashlib.sha256(json.dumps([miniactions.VERSION, knobs], sort_keys=True).encode()).hexdigest()[:8]
 
     def specs(self, seed): # of the training list and of the test list
         knobs = dict(classes=self.classes, frames=self.frames, gap=self.gap, phase=self.phase, difficulty=self.difficulty)

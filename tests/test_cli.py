@@ -3,6 +3,7 @@ import os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from mbd import cli
+from mbd.settings import KitError
 
 VIDEO = pytest.importorskip("av") and __import__("mbd.video", fromlist=["video"])
 
@@ -106,7 +107,7 @@ def test_settings_that_cannot_be_read_are_named(text, said, tmp_path, capsys):
 @pytest.mark.parametrize("error, status, said", [
     (PermissionError(13, "Permission denied", "reports"), 1, "mbd: reports: Permission denied; choose another place, or change its rights\n"), (OSError(28, "No space left on device", "a.csv"), 1, "mbd: a.csv: No space left on device; make room, or choose another place\n"),
     (OSError(28, "the tables cannot be written; make room"), 1, "mbd: the tables cannot be written; make room\n"), (ModuleNotFoundError("No module named 'av'"), 1, "mbd: No module named 'av'; install the kit with all it needs: pip install -e . in its folder\n"),
-    (MemoryError("warm-up: lower batch_size"), 1, "mbd: warm-up: lower batch_size\n"), (ValueError(""), 2, "mbd: ValueError\n")])
+    (KitError("3 of 10 videos could not be read; run `mbd data check`"), 1, "mbd: 3 of 10 videos could not be read; run `mbd data check`\n"), (MemoryError("warm-up: lower batch_size"), 1, "mbd: warm-up: lower batch_size\n"), (ValueError(""), 2, "mbd: ValueError\n")])
 def test_what_goes_wrong_inside_is_one_line_too(error, status, said, monkeypatch, capsys, ucf):
     def fail(*_, **__): raise error
     monkeypatch.setattr("mbd.scanning.check", fail)
@@ -174,6 +175,11 @@ def test_a_closed_pipe_is_no_error(ucf, words):
         with subprocess.Popen([sys.executable, "-m", "mbd.cli", *words], env=plain | more | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
             program.stdout.close()
             assert (program.stderr.read(), program.wait()) == (b"", 0)
+
+
+def test_a_closed_output_is_no_error():
+    program = subprocess.run([sys.executable, "-m", "mbd.cli", "--version"], env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (program.stderr, program.returncode) == (b"", 0)
 
 
 def test_features_of_a_generated_set_are_stored_and_continued(tmp_path, monkeypatch, capsys):
