@@ -132,7 +132,7 @@ def unequal(some: list, splits=1) -> str:
     found, expected, whole = sum(x.found for x in some), sum(x.expected for x in some), SPLITS[some[0].dataset]
     return "; ".join(words for words, true in (
         ("half of the validation list", any(x.map_on_val for x in some)), (f"{expected - found:,} of {expected:,} videos missing", found < expected),
-        ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{splits} of {whole} splits", splits < whole)) if true) or "nothing"
+        ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{asked.get('labelled')} labels a class", asked.get("labelled")), (f"{splits} of {whole} splits", splits < whole)) if true) or "nothing"
 
 # %% ../nbs/compare.ipynb #ca4e000e
 def _value(v, form="{:g}"): return "?" if v is None else form.format(v)

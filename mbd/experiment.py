@@ -173,6 +173,7 @@ COMMON = (
     Parameter("generator_seed", int, None, "of the generated videos", low=0, high=2**31 - 1),
     Parameter("train_videos", int, None, "videos used of the training list; 0: all", "videos", low=0),
     Parameter("test_videos", int, None, "videos used of the test list; 0: all", "videos", low=0),
+    Parameter("labelled", int, 0, "videos of each class that keep their label, for training, map and gate together; the others are taught without one; 0: all", "videos", low=0),
     Parameter("pair", str, None, "the two streams, by their name in chapter 12", pattern=r"[a-z0-9_]+"),
     Parameter("local_weights", str, "", "file of the local stream's weights; empty: the pair's, fetched on first use"),
     Parameter("global_weights", str, "", "file of the global stream's weights; empty: the pair's, fetched on first use"),
@@ -474,7 +475,10 @@ def _check_pair(values, experiment):
 # %% ../nbs/16_experiment.ipynb #88276723
 def _check_step(parameters):
     "Raises ParameterError where a step of training contradicts itself."
-    teaching(parameters)
+    teach = teaching(parameters)
+    if getattr(parameters, "labelled", 0) and teach.arm != "none":
+        for name, means in (("mixup", parameters.mixup > 0), ("cutmix", parameters.cutmix > 0), ("final = decoupled", teach.final == "decoupled" and teach.final_weight > 0)):
+            if means: raise ParameterError(f"labelled = {parameters.labelled}: {name} needs the label of every video; leave it off, or set labelled = 0")
     if not hasattr(parameters, "accumulate"):      # heads on stored features have no recipe
         return
     try:
@@ -1073,7 +1077,7 @@ def summary(
         return f"{100 * values[0]:5.1f}" + (f"  [{100 * values[1]:.1f}, {100 * values[2]:.1f}]" if len(values) == 3 else "")
 
     data, generated = record["data"], record["data"]["name"] == "miniactions"
-    lines = [f"{record['experiment']}, {'GENERATED DATA, ' if generated else ''}{data['name']}, split {data['split']}, {data['test']['found']} of {data['test']['expected']} test videos"]
+    lines = [f"{record['experiment']}, {'GENERATED DATA, ' if generated else ''}{data['name']}, split {data['split']}, {data['test']['found']} of {data['test']['expected']} test videos" + (f", {data['labelled']} labelled videos of each class" if data.get("labelled") else "")]
     lines += [f"  {name.replace('_', ' '):14} {percent([value, *record['top1_interval'].get(name, [])])}" for name, value in record["top1"].items()]
     lines.append(f"  adaptive minus best baseline ({record.get('best_baseline', 'unnamed')}, chosen on gate): {percent(record['adaptive_minus_best_baseline']).strip()} points")
     if record["control"]:

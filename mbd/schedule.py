@@ -6,7 +6,7 @@
 __all__ = ['Schedule']
 
 # %% ../nbs/16_schedule.ipynb #f665bcd1
-import copy
+import copy, math
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -44,11 +44,31 @@ def _videos(run):
     return spec, folder, None
 
 # %% ../nbs/16_schedule.ipynb #65214347
-def _parts(train, test, on_val, seed):
-    "{part: records} for fit, map, gate and test, of the two official lists."
-    if not on_val: return datasets.cut_parts(train, {"map": .2, "gate": .15}, seed=seed) | {"test": test}
-    halves = datasets.cut_parts(test, {"map": .25, "gate": .25}, rest="test")
-    return {"fit": train, "map": halves["map"], "gate": halves["gate"], "test": halves["test"]}
+def _labelled(train, count, seed):
+    "(records that keep their label, the others): so many of each class, of as many sources as there are; a class that has fewer keeps all."
+    rng, classes, kept = np.random.default_rng([seed, 3]), {}, set()
+    for r in train: classes.setdefault(r.label, {}).setdefault(r.source, []).append(r.id)
+    for _, sources in sorted(classes.items()):
+        dealt = [sources[name] for name in rng.permutation(sorted(sources))]
+        kept |= set([ids[turn] for turn in range(max(map(len, dealt))) for ids in dealt if turn < len(ids)][:count])
+    return [r for r in train if r.id in kept], [r for r in train if r.id not in kept]
+
+def _parts(train, test, on_val, seed, labelled=0):
+    "{part: records} for fit, unlabelled where some are, map, gate and test, of the two official lists. Raises ParameterError where labels are too few or too many."
+    train, others = _labelled(train, labelled, seed) if labelled else (train, [])
+    if on_val:
+        halves = datasets.cut_parts(test, {"map": .25, "gate": .25}, rest="test")
+        parts = {"fit": train, "map": halves["map"], "gate": halves["gate"], "test": halves["test"]}
+    else:
+        try: parts = datasets.cut_parts(train, {"map": .2, "gate": .15}, seed=seed) | {"test": test}
+        except ValueError as error:
+            if not labelled: raise
+            raise ParameterError(f"labelled = {labelled}: {error}; raise labelled, or set it to 0 for all") from None
+    if not labelled: return parts
+    held = {r.source for name in ("map", "gate") for r in parts[name]}      # nobody is taught on a scene that measures him
+    others = [replace(r, label=-1) for r in others if r.source not in held]
+    if not others: raise ParameterError(f"labelled = {labelled} leaves no video without a label: lower it, or set it to 0 for all")
+    return {"fit": parts.pop("fit"), "unlabelled": others} | parts
 
 # %% ../nbs/16_schedule.ipynb #2ad9ec97
 class _Found:
@@ -68,7 +88,7 @@ class _Found:
         tested = "validation" if "validation" in datasets.READERS[name][2] else "test"      # Kinetics-400 and Something-Something V2 report on it
         self.lists = {part: datasets.load(name, self.folder, p.split, subset, annotations) for part, subset in [("train", "train"), ("test", tested)]}
         chosen = [experiment.subset(self.lists[part].records, 0 if self.run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]]
-        self.parts = _parts(*chosen, p.map_on_val, p.seed)
+        self.parts = _parts(*chosen, p.map_on_val, p.seed, p.labelled)
         self.classes, self.records = self.lists["test"].classes, {r.id: r for part in self.parts.values() for r in part}
 
     def counts(self):
@@ -129,16 +149,25 @@ class _Read(_Planned):
         else:
             known = scanning.load_index(self.folder)
             self.index = {id: known[name] for id, r in self.records.items() if (name := r.path.relative_to(self.folder).as_posix()) in known}
-        self.data = {name: self._data(name) for name in self.parts}
+        self.data = {name: self._data(records, train=name == "fit") for name, records in self.parts.items() if name != "unlabelled"}
+        self.data |= {stage: self._data(records, train=True) for stage, records in self._taught_on().items()}
         n_clips, crops = clips.protocol(p.protocol)
         self.reading = dict(batch_size=4*p.batch_size, workers=p.workers if p.read == "files" else 0, checkpoints=self.checkpoints)
         self.protocol = {"clips": n_clips, "crops": crops, "local": vars(self.model.local_view), "global": vars(self.model.global_view)}
 
-    def _data(self, part, protocol=None):
-        "The clips of a part; videos to be tested in the fixed views of a protocol."
+    def _taught_on(self):
+        "{stage: records} of those stages that are not trained on `fit` as it is: as long as each other, so that the control takes as many steps."
+        if "unlabelled" not in self.parts: return {}
+        fit, others = self.parts["fit"], self.parts["unlabelled"]
+        mixed = fit*plans.label_repeats(len(fit), len(others)) + others
+        alone = (fit*math.ceil(len(mixed)/len(fit)))[:len(mixed)]
+        return {"distil": alone if self.teach.arm == "none" else mixed, "control": alone}
+
+    def _data(self, records, train=False, protocol=None):
+        "The clips of some records; videos to be tested in the fixed views of a protocol."
         p, (n_clips, crops) = self.p, clips.protocol(protocol or self.p.protocol)
         flip = False if self.run.generated else self.lists["train"].directional
-        return clips.ClipDataset(self.parts[part], self.frames, self.model.local_view, self.model.global_view, train=part == "fit", flip=flip, clips=n_clips, crops=crops, seed=p.seed,
+        return clips.ClipDataset(records, self.frames, self.model.local_view, self.model.global_view, train=train, flip=flip, clips=n_clips, crops=crops, seed=p.seed,
                                  augment=clips.AUGMENTATIONS[p.augmentation], index=self.index, max_failures=p.max_failures)
 
 # %% ../nbs/16_schedule.ipynb #ea251b59
@@ -153,14 +182,17 @@ def _memory_named(stage):
 # %% ../nbs/16_schedule.ipynb #4d60ba52
 class _Taught(_Read):
     "And stages 1 to 3."
+    def _clips(self, stage): return self.data.get(stage, self.data["fit"])
+
     def _train(self, stage, model, epochs, learning_rate, seed, teach=None):
         "One stage of training; a stage that is done is loaded."
         show = self.progress(stage)
         def log(row): self.run.log(**row); show.note(f"{row['stream']} {row['accuracy']:.2f}")
         settings = experiment.recipe(self.p, epochs=epochs, learning_rate=learning_rate, seed=seed)
-        flops = experiment.training_flops(self.cost, len(self.data["fit"])*epochs, teach)
+        data = self._clips(stage)
+        flops = experiment.training_flops(self.cost, len(data)*epochs, teach)
         with self.run.stage(stage, epochs, flops=flops), _memory_named(stage):
-            self.rows += training.train(model, self.data["fit"], settings, stage, teach, log, show, self.reading["workers"], checkpoints=self.checkpoints,
+            self.rows += training.train(model, data, settings, stage, teach, log, show, self.reading["workers"], checkpoints=self.checkpoints,
                                         validate=self.data["gate"] if self.p.validate else None)
 
     def _map(self, model, stage): training.measure_map(model, self.data["map"], self.p.seed, **self.reading, stage=f"map-{stage}")
@@ -196,11 +228,11 @@ class _Tested(_Taught):
     def _test_again(self):
         "The same model, map and fusions in the second protocol, where one is asked for."
         if self.p.also == "none": return None
-        return self._fused(self.model, self.end.fusions, self.end.best, self._answers(self.model, self._data("test", self.p.also), f"test, {self.p.also}", "test-also"))
+        return self._fused(self.model, self.end.fusions, self.end.best, self._answers(self.model, self._data(self.parts["test"], protocol=self.p.also), f"test, {self.p.also}", "test-also"))
 
     def _reorder(self):
         "Answers to one view of each test video with its frames as they are, shuffled and reversed."
-        found, data = {}, self._data("test", "1x1")
+        found, data = {}, self._data(self.parts["test"], protocol="1x1")
         for order in ORDERS:
             model = MBD(Reordered(self.model.local, order, self.p.seed), Reordered(self.model.global_, order, self.p.seed), self.classes)
             found[order] = self._answers(model, data, f"test, frames {order}", f"test-{order}")
@@ -295,10 +327,10 @@ class Schedule(_Scored):
         self.weight = self.model.fusion.weight(local.exp(), global_.exp())
         run.save_predictions(ids=answers.ids, sources=answers.sources, labels=answers.labels, local_logits=local, global_logits=global_, weight=self.weight, classes=self.classes)
         epochs = [row for row in self.rows if row["stream"] == "local"]      # they come back with the checkpoints: a killed session's count too
-        speed = len(epochs)*len(self.data["fit"])/sum(row["seconds"] for row in epochs) if epochs else 0.
+        speed = sum(len(self._clips(row["stage"])) for row in epochs)/sum(row["seconds"] for row in epochs) if epochs else 0.
         skipped = sum(row["skipped"] for row in epochs)
         made = {"generator": miniactions.generator_id(self.spec), "gap": self.spec.gap, "difficulty": self.spec.difficulty} if run.generated else {}
-        about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, **made)
+        about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, labelled=p.labelled, **made)
         plan = self.planned
         if isinstance(plan, plans.Plan): plan = {"seconds": plan.seconds, "memory_gib": plan.memory/2**30, "disk_gib": plan.disk/2**30}
         record = run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=plan, **self.found)

@@ -186,3 +186,50 @@ def test_accelerate_launches_the_command_in_two_processes(tmp_path, videos):
     record = json.loads(record.read_text())
     assert record["status"] == "complete" and record["processes"] == 2 and record["data"]["test"]["found"] == 20
     assert done.stdout.count("run folder:") == 1 and done.stdout.count("warm-up: 5 of 5 steps") == 1      # one of them speaks
+
+
+LABELS = dict(preset="smoke", train_videos=60, test_videos=20, resamples=200, checkpoint_minutes=0., labelled=4, sure_above=.15, only_right_teacher=False)
+
+
+@pytest.mark.parametrize("arm", ["both", "none"])
+def test_videos_beyond_the_labelled_ones_are_taught_without_their_label(settings, monkeypatch, arm):
+    seen, inner = {}, training._one_step
+    def step(trainer, place, read, data, stage):
+        if not stage.startswith("plan"): seen.setdefault(stage, []).extend(y for piece in read for y in piece["label"].tolist())
+        return inner(trainer, place, read, data, stage)
+    monkeypatch.setattr(training, "_one_step", step)
+    s = Schedule(experiment.start("ucf101", LABELS | dict(arm=arm), settings))
+    record = s.carry_out()
+    counts = {name: c["found"] for name, c in s.counts().items()}
+    assert record["data"]["labelled"] == 4 and counts["fit"] + counts["map"] + counts["gate"] == 40 and counts["unlabelled"] == record["data"]["unlabelled"]["found"] > 0
+    assert {r.label for r in s.parts["unlabelled"]} == {-1} and not {r.source for r in s.parts["unlabelled"]} & {r.source for part in ("map", "gate") for r in s.parts[part]}
+    assert -1 not in seen["warm-up"] + seen["control"] and (-1 in seen["distil"]) == (arm == "both")
+    assert len(seen["distil"]) == len(seen["control"]) and s.planned.steps["distil"] == s.planned.steps["control"] == len(seen["control"])//s.p.batch_size
+    assert "4 labelled videos of each class" in experiment.summary(record)
+    flops = {stage["name"]: stage["flops"] for stage in record["stages"]}
+    assert flops["control"] > flops["warm-up"]      # the list is longer than the labelled part
+    from mbd.compare import comparable, joined, lines, unequal
+    found = lines(comparable([record | {"folder": s.run.folder}], generated=True))
+    assert all("4 labels a class" in unequal(some) for *_, splits in joined(found) for some in splits.values())
+
+
+def test_labels_are_spread_over_scenes_and_depend_on_the_seed():
+    from mbd.datasets import Record
+    from mbd.schedule import _labelled
+    train = [Record(f"{c}{s}{n}", None, c, f"scene {c}{s}", "train") for c in range(3) for s in range(6) for n in range(4)]
+    kept, others = _labelled(train, 5, seed=1)
+    assert sorted(r.label for r in kept) == [0]*5 + [1]*5 + [2]*5 and len({r.source for r in kept}) == 15 and len(kept) + len(others) == len(train)
+    assert {r.id for r in kept} != {r.id for r in _labelled(train, 5, seed=2)[0]} and kept == _labelled(train, 5, seed=1)[0]
+    short = [r for r in train if r.label or r.source == "scene 00"]      # four videos of class 0 are all there are
+    assert sum(r.label == 0 for r in _labelled(short, 5, seed=1)[0]) == 4
+
+
+@pytest.mark.parametrize("asked, words", [(dict(mixup=.2), "mixup needs the label"), (dict(cutmix=.2), "cutmix needs the label"), (dict(final="decoupled"), "final = decoupled needs the label")])
+def test_what_needs_every_label_is_refused_before_there_is_a_folder(settings, asked, words):
+    with pytest.raises(ParameterError, match=f"labelled = 4: {words}"): experiment.start("ucf101", LABELS | asked, settings)
+    assert not list(settings.reports.rglob("*")) and experiment.start("ucf101", LABELS | dict(mixup=.2, arm="none"), settings).parameters.labelled == 4
+
+
+@pytest.mark.parametrize("labelled, words", [(2, r"labelled = 2: class 0 has 2 source\(s\).*; raise labelled"), (500, "labelled = 500 leaves no video without a label")])
+def test_too_few_or_too_many_labels_are_refused_in_words(settings, labelled, words):
+    with pytest.raises(ParameterError, match=words): Schedule(experiment.start("ucf101", LABELS | dict(labelled=labelled), settings)).find()
