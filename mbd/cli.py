@@ -515,7 +515,7 @@ def _predict_branch(commands):
     one.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print (default %(default)s)")
     one.add_argument("--step", type=_above_zero, metavar="SECONDS", help="from one look to the next (looks follow each other end to end, if not given)")
     one.add_argument("--rate", type=_above_zero, metavar="FPS", help="frames per second, where the file does not say or is wrong")
-    one.add_argument("--output", metavar="FOLDER", help="keep prediction.json, timeline.csv and figures here: the answer, where both streams looked, the timeline")
+    one.add_argument("--output", type=_place, metavar="FOLDER", help="keep prediction.json, timeline.csv and figures here: the answer, where both streams looked, the timeline")
     _share(one, "--device")
 
 # %% ../nbs/17_cli.ipynb #9fc0f313

@@ -82,7 +82,7 @@ def test_resize_by_shards(ucf, tmp_path, capsys):
     (["run", "ucf101", "-p", "preset", "smoke", "-p", "reports", "file"], 1, "file: File exists; a file is in the way; choose another place"),
     (["train", "features"], 2, "valid: ucf101"), (["train", "ucf101", "-p", "seed", "-1"], 2, "out of range"), (["train", "ucf101", "-p", "batch_size", "2"], 2, "batch_size = 2"), (["run", "ucf101", "-p", "accumulate", "4", "-p", "intermediate", "logit", "-p", "batch_size", "6"], 2, "choose a multiple of 4"), (["train", "ucf101", "-p", "preset", "smoke", "-p", "reports", "file"], 1, "choose another place"),
     (["compare", "--reports", "gone"], 2, "--reports"), (["compare", "--output", "empty"], 2, "name a file in it"),
-    (["analyse", "a.npz", "b.npz", "--output", "file"], 2, "file is a file"),
+    (["analyse", "a.npz", "b.npz", "--output", "file"], 2, "file is a file"), (["predict", "file", "--output", "file"], 2, "file is a file"),
     (["bench", "data", "--real", "gone"], 2, "gone is no folder"), (["bench", "train", "--output", "file/table.md"], 2, "file is a file"), (["bench", "features", "file"], 2, "file is a file"),
 ])
 def test_errors_are_one_line_and_the_status_tells(words, status, said, capsys, tmp_path, monkeypatch):
