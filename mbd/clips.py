@@ -568,10 +568,11 @@ def _count_failure(data, index, reason):
 
 def _check_failures(data):
     "Raise RuntimeError where more than `max_failures` of the records could not be read."
-    if len(data.failures) <= data.max_failures * len(data.records): return
+    videos = len({r.id for r in data.records})      # a list may hold a video several times
+    if len(data.failures) <= data.max_failures * videos: return
     paths = {r.id: r.path for r in data.records if r.id in data.failures}
     first = "; ".join(f"{paths[id]}: {why}" for id, why in list(data.failures.items())[:3])
-    raise KitError(f"{len(data.failures)} of {len(data.records)} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * len(data.records))}: {first}"
+    raise KitError(f"{len(data.failures)} of {videos} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * videos)}: {first}"
                        f"{'; ...' if len(data.failures) > 3 else ''}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
 
 # %% ../nbs/05_clips.ipynb #c4429ca2

@@ -104,7 +104,7 @@ def lines(
         protocols = {(p["clips"], p["crops"]): r} | {tuple(map(int, name.split("x"))): scores for name, scores in (r.get("also") or {}).items()}
         for views, scores in protocols.items():
             found.append(Line(d["layout"], _recipe(r), d["split"], r["seed"], views, scores["top1"], scores["top1_interval"], test["found"] - test["unreadable"], test["expected"], per_view*math.prod(views),
-                              sum(cost["parameters"].values())/1e6, d.get("pair", "?"), bool(d.get("map_on_val")), f"{r.get('preset', '?')}, {r['commit']}", r))
+                              sum(cost["parameters"].values())/1e6, d.get("pair", "?"), bool(d.get("map_on_val")), f"{r.get('preset', '?')}" + (f", {d['labelled']} labels a class" if d.get("labelled") else "") + f", {r['commit']}", r))
     return found
 
 # %% ../nbs/compare.ipynb #6bdb68ef

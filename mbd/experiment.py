@@ -173,7 +173,7 @@ COMMON = (
     Parameter("generator_seed", int, None, "of the generated videos", low=0, high=2**31 - 1),
     Parameter("train_videos", int, None, "videos used of the training list; 0: all", "videos", low=0),
     Parameter("test_videos", int, None, "videos used of the test list; 0: all", "videos", low=0),
-    Parameter("labelled", int, 0, "videos of each class that keep their label, for training, map and gate together; the others are taught without one; 0: all", "videos", low=0),
+    Parameter("labelled", int, 0, "videos of each class that keep their label, for training, map and gate together; without one, the others are taught (but for those from scenes of map and gate); 0: all", "videos", low=0),
     Parameter("pair", str, None, "the two streams, by their name in chapter 12", pattern=r"[a-z0-9_]+"),
     Parameter("local_weights", str, "", "file of the local stream's weights; empty: the pair's, fetched on first use"),
     Parameter("global_weights", str, "", "file of the global stream's weights; empty: the pair's, fetched on first use"),
@@ -428,6 +428,8 @@ def _check_map(values, experiment):
         raise ParameterError(f"map_on_val = True, but {experiment.data_name} has no validation list, and its test list is read once, at the end; leave it off")
     if values.get("map_on_val") and values["data"] == "generated" and sized(values["train_videos"], values["test_videos"]).test_groups < 6:
         raise ParameterError(f"test_videos = {values['test_videos']}: with map_on_val generated data needs at least 60 (six groups of each class), for half of them become map and gate")
+    if values.get("map_on_val") and values.get("labelled"):
+        raise ParameterError(f"labelled = {values['labelled']}: with map_on_val, map and gate have all labels of half the validation list, so that would not be the number of labels; set map_on_val = False (where the weights have not seen the training list), or labelled = 0")
     if values.get("also", "none") == values.get("protocol"):
         raise ParameterError(f"also = {values['also']!r} is the protocol itself; name another one, or none")
 
@@ -1077,7 +1079,7 @@ def summary(
         return f"{100 * values[0]:5.1f}" + (f"  [{100 * values[1]:.1f}, {100 * values[2]:.1f}]" if len(values) == 3 else "")
 
     data, generated = record["data"], record["data"]["name"] == "miniactions"
-    lines = [f"{record['experiment']}, {'GENERATED DATA, ' if generated else ''}{data['name']}, split {data['split']}, {data['test']['found']} of {data['test']['expected']} test videos" + (f", {data['labelled']} labelled videos of each class" if data.get("labelled") else "")]
+    lines = [f"{record['experiment']}, {'GENERATED DATA, ' if generated else ''}{data['name']}, split {data['split']}, {data['test']['found']} of {data['test']['expected']} test videos" + (f", {data['labelled']} labels a class" if data.get("labelled") else "")]
     lines += [f"  {name.replace('_', ' '):14} {percent([value, *record['top1_interval'].get(name, [])])}" for name, value in record["top1"].items()]
     lines.append(f"  adaptive minus best baseline ({record.get('best_baseline', 'unnamed')}, chosen on gate): {percent(record['adaptive_minus_best_baseline']).strip()} points")
     if record["control"]:

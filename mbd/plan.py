@@ -21,7 +21,7 @@ from .training import Trainer
 def label_repeats(
     labelled, unlabelled, # numbers of videos
 ) -> int:
-    "How often a labelled video comes for each time that an unlabelled one does: about every second clip has a label."
+    "How often a labelled video comes for each time that an unlabelled one does: where labels are the fewer, about every second clip has one."
     return max(1, round(unlabelled / max(1, labelled)))
 
 def count_steps(

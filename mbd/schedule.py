@@ -62,8 +62,8 @@ def _parts(train, test, on_val, seed, labelled=0):
     else:
         try: parts = datasets.cut_parts(train, {"map": .2, "gate": .15}, seed=seed) | {"test": test}
         except ValueError as error:
-            if not labelled: raise
-            raise ParameterError(f"labelled = {labelled}: {error}; raise labelled, or set it to 0 for all") from None
+            if not labelled or not train: raise
+            raise ParameterError(f"labelled = {labelled}: {error}; raise labelled where there are more, or set it to 0 for all") from None
     if not labelled: return parts
     held = {r.source for name in ("map", "gate") for r in parts[name]}      # nobody is taught on a scene that measures him
     others = [replace(r, label=-1) for r in others if r.source not in held]
@@ -89,6 +89,8 @@ class _Found:
         self.lists = {part: datasets.load(name, self.folder, p.split, subset, annotations) for part, subset in [("train", "train"), ("test", tested)]}
         chosen = [experiment.subset(self.lists[part].records, 0 if self.run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]]
         self.parts = _parts(*chosen, p.map_on_val, p.seed, p.labelled)
+        self.left_out = len(chosen[0]) + len(chosen[1]) - sum(map(len, self.parts.values()))
+        if self.teach.arm == "none": self.left_out += len(self.parts.pop("unlabelled", []))      # nobody speaks about them
         self.classes, self.records = self.lists["test"].classes, {r.id: r for part in self.parts.values() for r in part}
 
     def counts(self):
@@ -158,10 +160,9 @@ class _Read(_Planned):
     def _taught_on(self):
         "{stage: records} of those stages that are not trained on `fit` as it is: as long as each other, so that the control takes as many steps."
         if "unlabelled" not in self.parts: return {}
-        fit, others = self.parts["fit"], self.parts["unlabelled"]
+        fit, others = ([r for r in self.parts[name] if self.frames is None or r.id in self.frames] for name in ("fit", "unlabelled"))
         mixed = fit*plans.label_repeats(len(fit), len(others)) + others
-        alone = (fit*math.ceil(len(mixed)/len(fit)))[:len(mixed)]
-        return {"distil": alone if self.teach.arm == "none" else mixed, "control": alone}
+        return {"distil": mixed, "control": (fit*math.ceil(len(mixed)/max(1, len(fit))))[:len(mixed)]}
 
     def _data(self, records, train=False, protocol=None):
         "The clips of some records; videos to be tested in the fixed views of a protocol."
@@ -305,7 +306,7 @@ class _Scored(_Tested):
         "Accuracies with intervals, of the model and of its control, and their difference."
         p, answers, options = self.p, self.end.answers, dict(resamples=self.p.resamples, seed=self.p.seed)
         found = self.found = self._score(self.end)
-        found["control"] = {"kind": "equal steps", **self._score(self.alone)} if self.alone else None
+        found["control"] = {"kind": "equal steps" + (", labelled videos only" if "unlabelled" in self.parts else ""), **self._score(self.alone)} if self.alone else None
         if self.alone: found["distilled_minus_control"] = evaluation.paired_difference(*self._adaptive(), answers.sources, **options)
         names = ("top1", "top1_interval", "adaptive_minus_best_baseline")
         if self.also: found["also"] = {p.also: {n: value for n, value in self._score(self.also).items() if n in names}}
@@ -330,7 +331,7 @@ class Schedule(_Scored):
         speed = sum(len(self._clips(row["stage"])) for row in epochs)/sum(row["seconds"] for row in epochs) if epochs else 0.
         skipped = sum(row["skipped"] for row in epochs)
         made = {"generator": miniactions.generator_id(self.spec), "gap": self.spec.gap, "difficulty": self.spec.difficulty} if run.generated else {}
-        about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, labelled=p.labelled, **made)
+        about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, **({"labelled": p.labelled, "left_out": self.left_out} if p.labelled else {}), **made)
         plan = self.planned
         if isinstance(plan, plans.Plan): plan = {"seconds": plan.seconds, "memory_gib": plan.memory/2**30, "disk_gib": plan.disk/2**30}
         record = run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=plan, **self.found)
