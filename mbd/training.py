@@ -459,6 +459,7 @@ def train(
     if distillation is not None and distillation.arm == "none": distillation = None
     about = checkpoints and _about(model, data, settings, stage, distillation, only)
     found = _same_everywhere(stage, checkpoints and checkpoints.load(stage, about))
+    if found and found.done and settings.batch_norm == "synced": settings = replace(settings, batch_norm="batch")      # a look at what several GPUs have trained
     example = next(iter(batches(data, 2))) if distillation and distillation.intermediate in ("logit", "hint") else None
     place, score, data.seed = _Place(), None, settings.seed
     with Trainer(model, steps, settings, distillation, only, example) as trainer, devices.Stopping() as stopping:

@@ -52,6 +52,18 @@ def test_a_stage_that_is_done_is_loaded_and_not_trained_again(tmp_path):
     assert equal(weights(model), weights(again)) and not steps and not again.training
 
 
+def test_what_several_gpus_have_trained_can_be_looked_at_without_them(tmp_path, monkeypatch):
+    synced = replace(SMALL, batch_norm="synced")
+    with monkeypatch.context() as there:
+        there.setattr(training, "_synchronise", lambda *given: None)      # as if the GPUs were here
+        model, part, kept = begin(tmp_path); rows = train(model, part, synced, checkpoints=kept)
+        other, part, kept = begin(tmp_path)
+        with pytest.raises(Stop): train(other, part, synced, "distil", progress=stop_at(3), checkpoints=kept)
+    again, part, kept = begin(tmp_path)
+    assert train(again, part, synced, checkpoints=kept) == rows and equal(weights(model), weights(again))
+    with pytest.raises(ValueError, match="'synced' joins the statistics of several GPUs"): train(begin(tmp_path)[0], part, synced, "distil", checkpoints=kept)      # half done: it would go on otherwise
+
+
 @pytest.mark.parametrize("change", [dict(settings=replace(SMALL, learning_rate=2e-2)), dict(seed=5), dict(teach=TEACH), dict(count=18)])
 def test_a_checkpoint_of_another_training_is_refused(change, tmp_path):
     model, part, kept = begin(tmp_path)
