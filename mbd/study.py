@@ -488,7 +488,7 @@ FULL_LABELS = Study("study_full_labels", "a label for every video", {"all labels
 # %% ../nbs/16_study.ipynb #7d4219af
 WEIGHTS = Study("study_weights", "how much distillation: what it does to the streams' difference", {"50 labels": Setting(labelled=50)}, {
     "supervised": Arm(), **{f"{name} {w:g}": Arm(replace(teach, final_weight=w), groups="point") for name, teach in (("directed", _CO), ("both ways", _BOTH)) for w in (.1, .3, 1., 3., 10.)}})
-STUDENT = Study("study_student", "much distillation, for a stream that will work alone", {"50 labels": Setting(labelled=50)}, {
+STUDENT = Study("study_student", "heavier lessons: does the weaker stream gain more?", {"50 labels": Setting(labelled=50)}, {
     "supervised": Arm(), "supervised equal operations": Arm(effort=4/3), "directed 10": WEIGHTS.arms["directed 10"], "both ways 10": WEIGHTS.arms["both ways 10"]})
 
 # %% ../nbs/16_study.ipynb #c99d0ea4
