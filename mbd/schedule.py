@@ -10,6 +10,7 @@ import copy, math
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
+from itertools import zip_longest
 from types import SimpleNamespace
 import numpy as np, torch
 from . import clips, datasets, devices, evaluation, experiment, miniactions, pairs, plan as plans, scanning, training, video
@@ -49,8 +50,8 @@ def _labelled(train, count, seed):
     rng, classes, kept = np.random.default_rng([seed, 3]), {}, set()
     for r in train: classes.setdefault(r.label, {}).setdefault(r.source, []).append(r.id)
     for _, sources in sorted(classes.items()):
-        dealt = [sources[name] for name in rng.permutation(sorted(sources))]
-        kept |= set([ids[turn] for turn in range(max(map(len, dealt))) for ids in dealt if turn < len(ids)][:count])
+        turns = zip_longest(*(sources[name] for name in rng.permutation(sorted(sources))))      # a video of every source, then a second one of each, ...
+        kept.update([id for turn in turns for id in turn if id is not None][:count])
     return [r for r in train if r.id in kept], [r for r in train if r.id not in kept]
 
 def _parts(train, test, on_val, seed, labelled=0):
@@ -89,8 +90,8 @@ class _Found:
         self.lists = {part: datasets.load(name, self.folder, p.split, subset, annotations) for part, subset in [("train", "train"), ("test", tested)]}
         chosen = [experiment.subset(self.lists[part].records, 0 if self.run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]]
         self.parts = _parts(*chosen, p.map_on_val, p.seed, p.labelled)
-        self.left_out = len(chosen[0]) + len(chosen[1]) - sum(map(len, self.parts.values()))
-        if self.teach.arm == "none": self.left_out += len(self.parts.pop("unlabelled", []))      # nobody speaks about them
+        if self.teach.arm == "none": self.parts.pop("unlabelled", None)      # nobody speaks about them
+        self.left_out = sum(map(len, chosen)) - sum(map(len, self.parts.values()))
         self.classes, self.records = self.lists["test"].classes, {r.id: r for part in self.parts.values() for r in part}
 
     def counts(self):
