@@ -65,8 +65,10 @@ class Table:
     def __init__(self,
         folder, # of this study
         key=("seed", "arm"), # columns that name a cell
-        shard=(0, 1), # (number of this process, of how many)
-    ): self.folder, self.key, self.shard = Path(folder), tuple(key), shard
+        shard=(0, 1), # i/n of this process, 0 <= i < n
+    ):
+        if not 0 <= shard[0] < shard[1]: raise ValueError(f"shard = {shard!r}: i/n needs 0 <= i < n")      # another would own no cell, and look finished
+        self.folder, self.key, self.shard = Path(folder), tuple(key), shard
 
     @property
     def file(self): return self.folder / ("cells.csv" if self.shard[1] == 1 else f"cells-{self.shard[0] + 1}of{self.shard[1]}.csv")
@@ -511,7 +513,7 @@ def run_study(
     seeds, # whole numbers
     reports, # folder of the studies' tables
     worlds, # folder for generated videos and warm-ups
-    shard=(0, 1), # (number of this process, of how many)
+    shard=(0, 1), # i/n of this process, 0 <= i < n
     settings=None, # names of some of its settings; None: all
     arms=None, # names of some of its arms; None: all
     progress=None, # called with (cells done, cells of this process)

@@ -46,6 +46,8 @@ def test_shards_take_whole_seeds_and_each_cell_is_done_once(tmp_path):
     rows = Table(tmp_path).rows()
     assert len(rows) == 14 and len({(r["arm"], r["seed"]) for r in rows}) == 14 and len(list(tmp_path.glob("cells-*of3.csv"))) == 3
     assert run_cells(Table(tmp_path), grid(range(7), arm="ab"), work) == 0            # one process alone finds them all
+    for shard in ((2, 2), (-1, 1), (0, 0)):
+        with pytest.raises(ValueError, match="0 <= i < n"): Table(tmp_path, shard=shard)    # it would own no seed, and end at once as if all were done
 
 
 def test_other_columns_and_lines_of_another_length_are_refused_by_name(tmp_path):
