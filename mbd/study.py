@@ -481,7 +481,8 @@ FEW_LABELS = Study("study_few_labels", "few labels, many videos", {f"{n} labels"
 
 # %% ../nbs/16_study.ipynb #08115c9e
 _ALL, _LAST = Distillation(), Distillation(intermediate_weight=0.)
-FULL_LABELS = Study("study_full_labels", "a label for every video", {"all labels": Setting(labelled=97, warm_up=600, unlabelled=False)}, {
+_EVERY = Setting(labelled=97, warm_up=600, unlabelled=False)
+FULL_LABELS = Study("study_full_labels", "a label for every video", {"all labels": _EVERY, "all labels noisy": replace(_EVERY, difficulty=1.5)}, {
     "none": Arm(), "none equal operations": Arm(effort=4/3), "directed": Arm(_ALL, groups="point"), "both ways": Arm(replace(_ALL, arm="both")), "reversed": Arm(replace(_ALL, arm="reversed"), groups="point"),
     "scrambled": Arm(_ALL, groups="scrambled"), "CNN teaches": Arm(replace(_ALL, arm="to_global")), "Transformer teaches": Arm(replace(_ALL, arm="to_local")), "live peers": Arm(replace(_ALL, arm="both", teacher="live")),
     "self": Arm(replace(_LAST, arm="both", lesson="self")), "fusion teaches both": Arm(replace(_LAST, arm="both", lesson="fused")), "final only": Arm(_LAST, groups="point"),
