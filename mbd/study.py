@@ -67,7 +67,7 @@ class Table:
         key=("seed", "arm"), # columns that name a cell
         shard=(0, 1), # i/n of this process, 0 <= i < n
     ):
-        if not 0 <= shard[0] < shard[1]: raise ValueError(f"shard = {shard!r}: i/n needs 0 <= i < n")      # another would own no cell, and look finished
+        if len(shard) != 2 or not 0 <= shard[0] < shard[1]: raise ValueError(f"shard = {shard!r}: i/n needs 0 <= i < n")      # another would own no cell, and look finished
         self.folder, self.key, self.shard = Path(folder), tuple(key), shard
 
     @property

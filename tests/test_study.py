@@ -46,7 +46,7 @@ def test_shards_take_whole_seeds_and_each_cell_is_done_once(tmp_path):
     rows = Table(tmp_path).rows()
     assert len(rows) == 14 and len({(r["arm"], r["seed"]) for r in rows}) == 14 and len(list(tmp_path.glob("cells-*of3.csv"))) == 3
     assert run_cells(Table(tmp_path), grid(range(7), arm="ab"), work) == 0            # one process alone finds them all
-    for shard in ((2, 2), (-1, 1), (0, 0)):
+    for shard in ((2, 2), (-1, 1), (0, 0), (1,)):
         with pytest.raises(ValueError, match="0 <= i < n"): Table(tmp_path, shard=shard)    # it would own no seed, and end at once as if all were done
 
 
