@@ -474,7 +474,8 @@ class Study:
 # %% ../nbs/16_study.ipynb #8adff3ef
 _CO = Distillation(intermediate_weight=0., final_weight=1., temperature=1., only_right_teacher=False, sure_above=.8)      # few labels: the last layer, where the teacher is sure
 _BOTH = replace(_CO, arm="both")
-FEW_LABELS = Study("study_few_labels", "few labels, many videos", {f"{n} labels": Setting(labelled=n) for n in (10, 20, 50)}, {
+_LABELS = {5: .4, 10: .3, 20: .3, 50: .3}     # a class, and the part held out; of five two, one video would be no measurement of a class
+FEW_LABELS = Study("study_few_labels", "few labels, many videos", {f"{n} labels": Setting(labelled=n, held_out=part) for n, part in _LABELS.items()}, {
     "supervised": Arm(), "supervised equal operations": Arm(effort=4/3), "self-training": Arm(replace(_BOTH, lesson="self")), "mean teaches both": Arm(replace(_BOTH, lesson="fused"), fusion="mean"),
     "fusion teaches both": Arm(replace(_BOTH, lesson="fused")), "directed": Arm(_CO, groups="point"), "dominant teaches both": Arm(replace(_BOTH, lesson="dominant"), groups="point"), "reversed": Arm(replace(_CO, arm="reversed"), groups="point"),
     "scrambled": Arm(replace(_BOTH, lesson="dominant"), groups="scrambled"), "both ways": Arm(_BOTH)})
