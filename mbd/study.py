@@ -306,7 +306,7 @@ def _part(setting, k):
 
 # %% ../nbs/16_study.ipynb #c3415d9d
 def _cut(setting, seed, records):
-    "Labelled records (the first video of each of the first sources of a random order), and the others without their label."
+    "Labelled records (the first video of each of the first sources of a random order), and the others without their label, but for those from scenes of held-out ones."
     rng, sources = np.random.default_rng([seed, 1]), {}
     for r in records: sources.setdefault((r.label, r.source), []).append(r)
     parts = {"fit": [], "held": [], "unlabelled": []}
@@ -315,8 +315,9 @@ def _cut(setting, seed, records):
         if setting.labelled > len(names): raise ValueError(f"labelled = {setting.labelled}, but a class has {len(names)} sources: lower it, or raise sources")
         for k, i in enumerate(rng.permutation(len(names))):
             first, *others = sources[label, names[i]]
-            parts[_part(setting, k)].append(first if k < setting.labelled else replace(first, label=-1))
-            parts["unlabelled"] += [replace(r, label=-1) for r in others]
+            part = _part(setting, k)
+            parts[part].append(first if k < setting.labelled else replace(first, label=-1))
+            if part != "held": parts["unlabelled"] += [replace(r, label=-1) for r in others]
     return parts
 
 # %% ../nbs/16_study.ipynb #812a4f60

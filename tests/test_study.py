@@ -160,8 +160,9 @@ def test_labels_are_within_the_budget_and_no_source_is_on_two_sides(world):
     parts = world.parts
     assert len(parts["fit"]) + len(parts["held"]) == 6*4 and {r.label for r in parts["unlabelled"]} == {-1}
     source = lambda part: {r.source for r in parts[part]}
-    assert not source("fit") & source("held") and not {r.id for r in parts["test"]} & {r.id for p in ("fit", "held", "unlabelled") for r in parts[p]}
-    assert len({r.id for p in parts.values() for r in p}) == sum(map(len, parts.values())) == 8*4*2 + 4*4*2
+    assert not source("held") & (source("fit") | source("unlabelled"))      # a stream taught on a held-out scene would look better there than it is
+    assert not {r.id for r in parts["test"]} & {r.id for p in ("fit", "held", "unlabelled") for r in parts[p]}
+    assert len({r.id for p in parts.values() for r in p}) == sum(map(len, parts.values())) == 8*4*2 - len(parts["held"]) + 4*4*2
 
 
 def test_warm_up_is_trained_once(world, monkeypatch):
