@@ -70,15 +70,16 @@ def _minimise(objective, start, iterations):
 # %% ../nbs/11_fusion.ipynb #733fe890
 @torch.inference_mode(False)
 def _fit(log_odds, p_local, p_global, labels, starts, strength):
-    "Parameters theta minimising the fused NLL; `log_odds(theta)` gives logit(w) (N,); the first of `starts` is also what the fit is pulled to"
+    "Parameters theta minimising the fused NLL; `log_odds(theta)` gives logit(w) (N,); the fit is pulled to those of the first of `starts`"
     l, g, y = _ready(p_local, p_global, labels)
     if not strength >= 0: raise ValueError(f"strength must be 0 or more, not {strength}")
     log_local, log_global = (p.gather(1, y[:, None])[:, 0].clamp_min(1e-12).log() for p in (l, g))
     starts = torch.tensor(starts, dtype=torch.float64)
+    home = log_odds(starts[0])
     def objective(theta):
         z = log_odds(theta)
         fused = torch.logaddexp(F.logsigmoid(z) + log_local, F.logsigmoid(-z) + log_global)
-        return -fused.sum() + strength / 2 * (theta - starts[0]).square().sum()
+        return -fused.sum() + strength / 2 * (z - home).square().mean()      # of the weights: what a slope means depends on what it multiplies
     return min((_minimise(objective, [start], 100)[0] for start in starts), key=lambda theta: objective(theta).item())
 
 def _set(module, **values):
@@ -134,7 +135,7 @@ class ScalarFusion(MeanFusion):
         p_global: torch.Tensor, # (N, K)
         labels: torch.Tensor, # (N,)
         sources=None, # N names; not used
-        strength: float = 0.1, # pull to the mean; a normal prior of variance 1 / strength
+        strength: float = 0.1, # pull to the mean: a normal prior of variance 1 / strength on the log-odds of the weight
     ):
         "Fit the bias by NLL in float64; returns itself. ValueError on an empty gate, NaN, labels out of range"
         _set(self, bias=_fit(lambda t: t.expand(len(p_local)), p_local, p_global, labels, [[0.0]], strength)[0])
@@ -177,7 +178,7 @@ class AdaptiveFusion(MeanFusion):
         p_global: torch.Tensor, # (N, K)
         labels: torch.Tensor, # (N,)
         sources=None, # N names; not used
-        strength: float = 0.1, # pull to slope 1, bias 0; a normal prior of variance 1 / strength
+        strength: float = 0.1, # pull of the weights to those of slope 1, bias 0: a normal prior of variance 1 / strength on their log-odds, in the mean over the videos
     ):
         "Fit slope and bias by NLL in float64; returns itself. ValueError on an empty gate, NaN, labels out of range"
         l, g, y = _ready(p_local, p_global, labels, sources, len(self.logit_share))

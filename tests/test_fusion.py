@@ -100,6 +100,13 @@ def test_adaptive_falls_back_to_the_scalar_on_a_flat_map_and_ignores_the_scale_o
     assert torch.allclose(one.weight(*test[:2]), third.weight(*test[:2]), atol=2e-3)
 
 
+def test_a_map_of_little_contrast_is_followed_as_sharply_as_its_videos_allow(data):
+    m, gate, test = data
+    strong, faint = (AdaptiveFusion(m.logit_share * c).fit(*gate) for c in (1, 0.1))
+    nll = lambda fusion: -fusion(*test[:2]).gather(1, test[2][:, None]).log().mean().item()
+    assert nll(faint) < 1.1 * nll(strong) and faint.slope > 7 * strong.slope
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_tiny_gate_that_one_stream_wins_does_not_explode(n):
     p, q, y = torch.tensor([[1.0, 0.0]]).repeat(n, 1), torch.tensor([[0.0, 1.0]]).repeat(n, 1), torch.zeros(n, dtype=torch.long)
