@@ -245,7 +245,7 @@ class EntropyFusion(MeanFusion):
 
     @torch.inference_mode(False)
     def fit(self, p_local, p_global, labels, sources=None,
-        strength: float = 0.1, # pull to slope 1, bias 0, which is w proportional to exp(-H)
+        strength: float = 0.1, # pull of the weights to those of slope 1, bias 0, which are proportional to exp(-H)
     ):
         "Fit slope and bias by NLL in float64; returns itself. ValueError as `ScalarFusion.fit`"
         l, g, y = _ready(p_local, p_global, labels, sources)
