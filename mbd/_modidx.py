@@ -150,6 +150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'mbd.cli._predict_branch': ('cli.html#_predict_branch', 'mbd/cli.py'),
                          'mbd.cli._prepare_words': ('cli.html#_prepare_words', 'mbd/cli.py'),
                          'mbd.cli._preset_word': ('cli.html#_preset_word', 'mbd/cli.py'),
+                         'mbd.cli._reader_gone': ('cli.html#_reader_gone', 'mbd/cli.py'),
                          'mbd.cli._resize_words': ('cli.html#_resize_words', 'mbd/cli.py'),
                          'mbd.cli._run': ('cli.html#_run', 'mbd/cli.py'),
                          'mbd.cli._run_branch': ('cli.html#_run_branch', 'mbd/cli.py'),

@@ -6,7 +6,7 @@
 __all__ = ['BENCHMARKS', 'parser', 'UsageError', 'main']
 
 # %% ../nbs/17_cli.ipynb #f134bba0
-import argparse, os, sys, traceback
+import argparse, os, select, sys, traceback
 from pathlib import Path
 from . import __version__, settings
 
@@ -48,6 +48,7 @@ class UsageError(Exception):
 def _foreseen(error):
     "Has the error words for the user?"
     known = (UsageError, ValueError, OSError, ImportError, MemoryError, FloatingPointError)
+    if isinstance(error, BrokenPipeError): return False         # a process of ours has died: the traceback says where
     return isinstance(error, known) or type(error).__module__.startswith("mbd.")
 
 # %% ../nbs/17_cli.ipynb #c9d86c9a
@@ -65,6 +66,14 @@ def _line(error):
     return text if _foreseen(error) else f"{type(error).__name__}: {text}"
 
 # %% ../nbs/17_cli.ipynb #023950f7
+def _reader_gone():
+    "Has whoever reads what we print closed the pipe?"
+    ends = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        try: ends.register(stream, 0)
+        except (OSError, TypeError, ValueError): pass           # closed before we began, or no file at all
+    return bool(ends.poll(0))
+
 def _written_out():
     "Write what is printed and still waits; where the reader has gone, leave it."
     if sys.stdout is None: return                               # it was closed before we began
@@ -87,8 +96,8 @@ def _ended(asked):
     except KeyboardInterrupt:
         print("mbd: stopped; the same command " + ("continues where it was" if getattr(asked, "continues", False) else "begins anew"), file=sys.stderr)
         return 130
-    except BrokenPipeError: return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone(): return 0
         if os.environ.get("MBD_TRACEBACK"): raise
         if not _foreseen(error): traceback.print_exception(error)
         print(f"mbd: {_line(error)}", file=sys.stderr)

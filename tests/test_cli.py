@@ -182,6 +182,16 @@ def test_a_closed_output_is_no_error():
     assert program.returncode == 0 and b"Traceback" not in program.stderr
 
 
+@pytest.mark.parametrize("reader, status", [("true", 0), ("cat", 1)])
+def test_a_pipe_of_our_own_that_breaks_is_an_error(reader, status):
+    "As when a worker process dies; only where nobody reads us any more is it the end of the reader."
+    said = "import os, time; from types import SimpleNamespace; from mbd.cli import _ended; time.sleep(.5)\ndef broken(_): there, here = os.pipe(); os.close(there); os.write(here, b'x')\nos._exit(_ended(SimpleNamespace(function=broken)))"
+    program = subprocess.Popen([sys.executable, "-c", said], env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reading = subprocess.Popen([reader], stdin=program.stdout, stdout=subprocess.DEVNULL); program.stdout.close()
+    told = program.stderr.read().decode(); reading.wait()
+    assert program.wait() == status and ("BrokenPipeError" in told) == bool(status)
+
+
 def test_features_of_a_generated_set_are_stored_and_continued(tmp_path, monkeypatch, capsys):
     "The whole way from words to a store that the feature door reads."
     from mbd import features, miniactions
