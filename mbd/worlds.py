@@ -39,7 +39,8 @@ class Setting:
     local: clips.View = clips.View(16, 2, 32)
     global_: clips.View = clips.View(11, 3, 24)
     warm_up: int = 800     # steps
-    steps: int = 400       # of an arm
+    steps: int = 400       # of an arm, in each of its rounds
+    rounds: int = 1        # after each, temperatures, map and fusion are fitted anew, and the streams teach as they have become
     test_clips: int = 1    # clips of a test video, spread over it, whose probabilities are averaged
     repeat: int = 4        # how often a labelled video comes for each time that an unlabelled one does
     batch_size: int = 16
@@ -48,7 +49,7 @@ class Setting:
 
     @property
     def hash(self):
-        knobs = asdict(self)
+        knobs = asdict(replace(self, **{name: getattr(Setting, name) for name in ("steps", "repeat", "arm_learning_rate")})); del knobs["rounds"]      # of the arms
         if self.phase == Setting.phase: del knobs["phase"]      # the knob is younger than the first warm-ups, which stay valid
         return hashlib.sha256(json.dumps([miniactions.VERSION, knobs], sort_keys=True).encode()).hexdigest()[:8]
 
@@ -162,13 +163,14 @@ def train_arm(
     arm, # an Arm
 ) -> MBD:
     "The warmed-up model after this arm, measured again."
-    s, model = world.setting, world.warm()
-    model.map = regroup(model.map, arm.groups, world.seed)
-    if arm.fusion == "mean": model.fusion = MeanFusion()
-    records = _records(world, arm)
-    settings = training.Training(epochs=world.epochs(records, s.steps*arm.effort), batch_size=s.batch_size, learning_rate=s.arm_learning_rate, seed=world.seed + 1)
-    training.train(model, world.data(records, True), settings, "arm", arm.teach)
-    return world.measured(model)
+    s, model, records = world.setting, world.warm(), _records(world, arm)
+    for number in range(s.rounds):
+        model.map = regroup(model.map, arm.groups, world.seed)
+        if arm.fusion == "mean": model.fusion = MeanFusion()
+        settings = training.Training(epochs=world.epochs(records, s.steps*arm.effort), batch_size=s.batch_size, learning_rate=s.arm_learning_rate, seed=world.seed + 1 + 1000*number)
+        training.train(model, world.data(records, True), settings, "arm", arm.teach)
+        model = world.measured(model)
+    return model
 
 # %% ../nbs/16_worlds.ipynb #0a7b1827
 def _weaker(right, codes, labels):

@@ -59,6 +59,20 @@ def test_arms_differ_and_the_same_arm_gives_the_same_row(world):
     assert all(0 <= a[k] <= 1 for k in ("local", "global", "adaptive", "oracle", "best_baseline", "disagreement", "cka")) and a["oracle"] >= max(a["local"], a["global"])
 
 
+def test_a_round_begins_where_the_one_before_has_ended(world, monkeypatch):
+    "Its map, and its teachers: the streams as they have become."
+    directed, begun, train = Arm(Distillation(intermediate_weight=0., only_right_teacher=False), groups="point"), [], worlds.training.train
+    def spied(model, data, settings, stage, *more):
+        begun.append((settings.seed, model.map.share.clone(), {k: v.clone() for k, v in model.state_dict().items()}))
+        return train(model, data, settings, stage, *more)
+    one = train_arm(world, directed)
+    two = World(replace(TINY, rounds=2), 3, world.folder); two.warm()            # the same warm-up: rounds come after it
+    monkeypatch.setattr(worlds.training, "train", lambda *a, **k: train(*a, **k) if "checkpoints" in k else spied(*a))
+    train_arm(two, directed)
+    assert [seed for seed, *_ in begun] == [4, 1004] and torch.equal(begun[1][1], one.map.share) and not torch.equal(begun[0][1], begun[1][1])
+    assert all(torch.equal(begun[1][2][k], v) for k, v in one.state_dict().items())
+
+
 def test_too_many_labels_are_refused(world):
     with pytest.raises(ValueError, match="labelled = 9.*8 sources"): World(replace(TINY, labelled=9), 3, world.folder)
 
