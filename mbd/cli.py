@@ -68,6 +68,7 @@ def _line(error):
 # %% ../nbs/17_cli.ipynb #023950f7
 def _reader_gone():
     "Has whoever reads what we print closed the pipe?"
+    if not hasattr(select, "poll"): return True                 # Windows, which does not tell
     ends = select.poll()
     for stream in (sys.stdout, sys.stderr):
         try: ends.register(stream, 0)

@@ -1,5 +1,5 @@
 """The command line: what a user types, what is printed where, and how it ends."""
-import os, subprocess, sys
+import argparse, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from mbd import cli
@@ -185,11 +185,18 @@ def test_a_closed_output_is_no_error():
 @pytest.mark.parametrize("reader, status", [("true", 0), ("cat", 1)])
 def test_a_pipe_of_our_own_that_breaks_is_an_error(reader, status):
     "As when a worker process dies; only where nobody reads us any more is it the end of the reader."
-    said = "import os, time; from types import SimpleNamespace; from mbd.cli import _ended; time.sleep(.5)\ndef broken(_): there, here = os.pipe(); os.close(there); os.write(here, b'x')\nos._exit(_ended(SimpleNamespace(function=broken)))"
+    said = "import argparse, os, time; from mbd.cli import _ended; time.sleep(.5)\ndef broken(_): there, here = os.pipe(); os.close(there); os.write(here, b'x')\nos._exit(_ended(argparse.Namespace(function=broken)))"
     program = subprocess.Popen([sys.executable, "-c", said], env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     reading = subprocess.Popen([reader], stdin=program.stdout, stdout=subprocess.DEVNULL); program.stdout.close()
     told = program.stderr.read().decode(); reading.wait()
     assert program.wait() == status and ("BrokenPipeError" in told) == bool(status)
+
+
+def test_where_the_system_cannot_be_asked_a_broken_pipe_is_the_readers(monkeypatch):
+    "As on Windows, whose `select` has no `poll`."
+    def broken(_): raise BrokenPipeError
+    monkeypatch.delattr("select.poll")
+    assert cli._ended(argparse.Namespace(function=broken)) == 0
 
 
 def test_features_of_a_generated_set_are_stored_and_continued(tmp_path, monkeypatch, capsys):
