@@ -52,7 +52,7 @@ KNOWN = {  # data set -> (number of classes, {(split, subset): {videos in the li
 # %% ../nbs/03_datasets.ipynb #e1fe2481
 @dataclass(frozen=True)
 class Dataset:
-    "The videos of one official list; `load` makes it. expected == found + len(missing), len(records) == found - len(unreadable)."
+    "The videos of one official list; `load` makes it. expected == found + len(missing), len(records) == found - len(unreadable), or found where `load` was told to leave nothing out."
     name: str
     split: int
     subset: str      # "train", "test"; "validation" (Kinetics-400, SSv2); "unused" (HMDB51)
@@ -422,7 +422,7 @@ def _unreadable(root):
     return {str(root / path): reason for _, path, reason in rows}
 
 # %% ../nbs/03_datasets.ipynb #4abb89d3
-def _records(rows, subset, reasons, origin):
+def _records(rows, subset, reasons, origin, leave_out=True):
     "(records, {id: reason}) of the rows whose file was found."
     folders, records, unreadable = {}, [], {}
     for id, label, source, path, *times in rows:
@@ -431,7 +431,7 @@ def _records(rows, subset, reasons, origin):
         if above not in folders: folders[above] = str(Path(above or os.sep) / "_")[:-1]
         path = folders[above] + file
         if path in reasons: unreadable[id] = reasons[path]
-        else: records.append(Record(id, path, label, source, subset, *times, origin=origin))
+        if path not in reasons or not leave_out: records.append(Record(id, path, label, source, subset, *times, origin=origin))
     return records, unreadable
 
 # %% ../nbs/03_datasets.ipynb #81cdc404
@@ -451,6 +451,7 @@ def load(
     split=1, # official split: 1, 2, 3 for UCF101 and HMDB51, else 1
     subset="train", # "train"; "test" (not SSv2: its test list has no labels); "validation" (Kinetics-400, SSv2); "unused" (HMDB51)
     annotations=None, # folder of the official lists, where they lie apart
+    leave_out=True, # the videos that unreadable.csv names; if not, they are among the records too
 ) -> Dataset:
     "The videos of an official list. Raises ValueError for a wrong name, split, subset or line, FileNotFoundError where folder or lists are missing."
     if name not in READERS: raise ValueError(f"data set {name!r} is unknown; {nearest(name, list(READERS))}")
@@ -460,7 +461,7 @@ def load(
     if subset not in subsets: raise ValueError(f"{name} has no subset {subset!r}; {nearest(subset, list(subsets))}")
     with _no_collection():
         classes, rows = reader(root := Path(root), split, subset, Path(annotations) if annotations else None)
-        records, unreadable = _records(rows, subset, _unreadable(root), f"{name}/{subset}{split if len(splits) > 1 else ''}")
+        records, unreadable = _records(rows, subset, _unreadable(root), f"{name}/{subset}{split if len(splits) > 1 else ''}", leave_out)
     missing = [row[0] for row in rows if row[3] is None]
     directional = frozenset(label for label, c in enumerate(classes) if names_direction(c))
     return Dataset(name, split, subset, records, classes, len(rows), len(rows) - len(missing), missing, unreadable, directional)

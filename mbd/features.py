@@ -174,11 +174,11 @@ class _Part:
         self.pending.append((row, _DONE))
         if len(self.pending) >= 16: self.flush()
 
-    def note(self, row, id, reason):
-        "A video that cannot be read."
-        self.reasons[id] = str(reason)[:500]
+    def note(self, videos):
+        "Videos that cannot be read: [(row, id, reason)]."
+        self.reasons |= {id: str(reason)[:500] for _, id, reason in videos}
         _write(self.notes, json.dumps(self.reasons, indent=1).encode())
-        self.pending.append((row, _UNREADABLE))
+        self.pending += [(row, _UNREADABLE) for row, *_ in videos]
 
     def flush(self):
         "Say what is there, once it is on the disk."
@@ -264,17 +264,19 @@ def _states(folder, index):
     return state
 
 # %% ../nbs/14_features.ipynb #cb6f8ccd
-def _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, progress):
+def _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, known, progress):
     "Do what is missing of one shard."
     (i, n), states = shard, _states(place, index)
     if retry: states[states == _UNREADABLE] = _TODO
     own = range(i, len(records), n)
-    todo, failed = [k for k in own if states[k] == _TODO], sum(states[k] == _UNREADABLE for k in own)
+    broken = [k for k in own if index["ids"][k] in known and states[k] == _TODO]
+    todo, failed = [k for k in own if states[k] == _TODO and index["ids"][k] not in known], sum(states[k] == _UNREADABLE and index["ids"][k] not in known for k in own)
     views = _Views(records, todo, view, index["clips"], index["crops"], index["augmented"], flip, augment, seed)
     loader = torch.utils.data.DataLoader(views, batch_size=None, num_workers=workers, timeout=600 if workers else 0)
     with _Part(place, index, shard) as part:
+        if broken: part.note([(k // n, index["ids"][k], known[index["ids"][k]]) for k in broken])
         for done, (number, clips) in enumerate(loader, len(own) - len(todo) + 1):
-            if isinstance(clips, str): part.note(number // n, index["ids"][number], clips); failed += 1
+            if isinstance(clips, str): part.note([(number // n, index["ids"][number], clips)]); failed += 1
             else: part.write(number // n, _to_float16(_features(stream, clips, batch, device), index["widths"], index["ids"][number]))
             if failed > max_failures*len(own):
                 raise KitError(f"{failed} of {len(own)} videos could not be read, and max_failures = {max_failures} allows {int(max_failures*len(own))}; the last: {records[number].path}: {part.reasons.get(index['ids'][number], 'read')}. Run `mbd data check`, which lists every unreadable file; then ask again with retry, or raise max_failures")
@@ -300,6 +302,7 @@ def extract(
     workers=0, # processes that read videos
     max_failures=0.01, # fraction of the videos that may turn out unreadable
     retry=False, # read videos again that were unreadable before
+    unreadable=None, # {id: reason} of videos that are known to be, and are not tried
     expected=None, # videos in the official lists; None: as many as records
     progress=None, # called with (videos done, videos in all) of this shard
 ) -> Path: # of the store
@@ -311,7 +314,7 @@ def extract(
     records = list(records)
     index = _describe(records, stream, dataset, classes, view, protocol, augmented, weights, flip, augment, seed, expected or len(records))
     _begin(place, index)
-    try: _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, progress)
+    try: _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, unreadable or {}, progress)
     finally: stream.train(was)
     return place
 
@@ -335,7 +338,7 @@ class FeatureStore:
         self.unreadable = {id: why for id, why in self.unreadable.items() if id in self.number and self._part[self.number[id]] < 0}
         self.missing = [r.id for k, r in enumerate(everything) if self._part[k] < 0 and r.id not in self.unreadable]
         if len(everything) - len(self.records) > max_missing*len(everything):
-            raise ValueError(f"{self!r}; max_missing = {max_missing} allows {int(max_missing*len(everything))}. Give the same `mbd features` command again: it stores what is missing")
+            raise ValueError(f"{self!r}; max_missing = {max_missing} allows {int(max_missing*len(everything))}. Give the same `mbd features` command again: it stores what is missing; or raise max_missing")
 
     def _map(self, shard):
         "Find the rows of one shard. Raises ValueError where its files are not of the size that the description says."
@@ -758,13 +761,13 @@ def features_command(
     conf = settings.load(device=device, **({} if workers is None else {"workers": workers}))
     root = root or conf.data.get(name)
     if root is None: raise ValueError(f"no folder is known for {name}; give --root FOLDER, or set {name} under [data] in settings.ini")
-    lists = [datasets.load(name, root, 1 if subset == "all" else split, s, annotations or conf.annotations.get(name)) for s in (ALL[name] if subset == "all" else [subset])]
-    records = [r for listed in lists for r in listed.records]
+    lists = [datasets.load(name, root, 1 if subset == "all" else split, s, annotations or conf.annotations.get(name), leave_out=False) for s in (ALL[name] if subset == "all" else [subset])]
+    records, broken = [r for listed in lists for r in listed.records], {id: why for listed in lists for id, why in listed.unreadable.items()}
     if not records: raise ValueError(f"none of {sum(d.expected for d in lists)} videos of {name} was found in {root}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)                                      # so that random weights are the same next time
         stream = build_stream(backbone, trained.classes if trained else len(lists[0].classes), weights, file)
     output = output or (conf.file.parent if conf.file else Path("."))/"data"/"features"
     place = extract(records, stream, output, dataset=name if subset == "all" else f"{name}-{subset}{split}", classes=lists[0].classes, weights=weights, protocol=protocol, augmented=augmented, flip=lists[0].directional,
-                    shard=shard, device=conf.device, batch=batch, workers=conf.workers, retry=retry, expected=sum(d.expected for d in lists), progress=progress)
+                    shard=shard, device=conf.device, batch=batch, workers=conf.workers, retry=retry, unreadable=broken, expected=sum(d.expected for d in lists), progress=progress)
     return FeatureStore(place, max_missing=1.0)

@@ -312,6 +312,22 @@ def test_an_official_list_finds_its_stored_videos_where_the_files_are_gone(tmp_p
     with pytest.raises(ValueError, match="none of 6 videos"): features.features_command("ucf101", "hand_cnn", subset="train", root=mini, output=tmp_path/"g", device="cpu", workers=0)
 
 
+def test_a_store_goes_on_after_data_check_has_found_a_broken_video(tmp_path):
+    mini = miniactions.generate(tmp_path/"mini", classes=("PushUpsSlow", "PushUpsFast"), train_groups=3, test_groups=1, clips=1, workers=1)
+    bad, *others = datasets.load("ucf101", mini).records
+    whole, ask = bad.path.read_bytes(), dict(name="ucf101", backbone="hand_cnn", protocol="1x1", root=mini, output=tmp_path/"features", device="cpu", workers=0)
+    bad.path.write_bytes(b"no video")
+    with pytest.raises(RuntimeError, match="1 of 8 videos could not be read.*mbd data check"): features.features_command(**ask)
+    (mini/"unreadable.csv").write_text(f"path,reason\n{bad.path.relative_to(mini).as_posix()},no frame decodes\n")
+    made = features.features_command(**ask)
+    assert set(made.unreadable) == {bad.id} and len(made) == 7 and "8 videos expected, 8 found, 7 stored, 1 unreadable, 0 not done" in repr(made)
+    again = features.features_command(**ask, retry=True)                              # still on the list: noted, not tried
+    assert again.unreadable == {bad.id: "no frame decodes"} and len(again) == 7
+    bad.path.write_bytes(whole); (mini/"unreadable.csv").unlink()
+    mended = features.features_command(**ask, retry=True)
+    assert len(mended) == 8 and not mended.unreadable and all(np.array_equal(mended[r.id], made[r.id]) for r in others)
+
+
 @pytest.mark.parametrize("words,what", [(dict(name="ucf11"), "did you mean 'ucf101'"), (dict(backbone="r3d"), "unknown"), (dict(subset="trian"), "did you mean 'train'"), (dict(weights="imagenet"), "weights"), (dict(protocol="3x3"), "protocol"), (dict(shard=(4, 4)), "0 <= i < n")])
 def test_the_command_refuses_with_words(records, tmp_path, words, what):
     (tmp_path/"UCF-101/red").mkdir(parents=True); (tmp_path/"ucfTrainTestlist").mkdir()
