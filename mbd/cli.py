@@ -223,6 +223,7 @@ def _data_check(words):
         raise UsageError(f"there is no video below {root}; name the folder that holds {words.name} with --root, or fetch it: mbd data prepare {words.name}")
     print(report)
     print(f"tables: {Path(words.output or root) / 'frames.csv'} and unreadable.csv")
+    if words.output and words.output != root: print(f"training reads them from {root}, or from the folder of the lists (annotations) where {root} has none")
 
 # %% ../nbs/17_cli.ipynb #490961cc
 def _data_resize(words):

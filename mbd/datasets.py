@@ -410,16 +410,21 @@ READERS = {  # name -> reader, splits, subsets
 }
 
 # %% ../nbs/03_datasets.ipynb #e720e6ec
-def _unreadable(root):
-    "{path: reason} of root/unreadable.csv, {} where there is none."
-    if not (file := root / "unreadable.csv").is_file(): return {}
+def _listed(file):
+    "[(path, reason)] of an unreadable.csv."
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
         reader = csv.DictReader(f)
         if not {"path", "reason"} <= set(reader.fieldnames or ()): raise _bad(file, 1, ",".join(reader.fieldnames or ()), "is not the header 'path,reason'; make the list anew")
         rows = [(reader.line_num, row["path"], row["reason"]) for row in reader]
     for n, path, reason in rows:
         if not path or reason is None: raise _bad(file, n, path or "", "is not 'path,reason'; make the list anew")
-    return {str(root / path): reason for _, path, reason in rows}
+    return [(path, reason) for _, path, reason in rows]
+
+def _unreadable(root, others=()):
+    "{path: reason} of unreadable.csv in root, else of the first of [(folder of a list, root that it speaks of)] that has one."
+    for place, top in ((root, root), *others):
+        if (place / "unreadable.csv").is_file(): return {str(top / path): reason for path, reason in _listed(place / "unreadable.csv")}
+    return {}
 
 # %% ../nbs/03_datasets.ipynb #4abb89d3
 def _records(rows, subset, reasons, origin, leave_out=True):
@@ -459,9 +464,11 @@ def load(
     if split not in splits: raise ValueError(f"{name} has no split {split!r}; valid: {', '.join(map(str, splits))}")
     if (name, subset) == ("ssv2", "test"): raise ValueError("the test list of ssv2 has no labels, so 'test' cannot be loaded; results are reported on 'validation'")
     if subset not in subsets: raise ValueError(f"{name} has no subset {subset!r}; {nearest(subset, list(subsets))}")
+    others = [(Path(annotations), Path(root))] if annotations else []
+    if Path(root).name in VIDEOS[name]: others.append((Path(root).parent, Path(root).parent))      # checked as the folder above this one
     with _no_collection():
         classes, rows = reader(root := Path(root), split, subset, Path(annotations) if annotations else None)
-        records, unreadable = _records(rows, subset, _unreadable(root), f"{name}/{subset}{split if len(splits) > 1 else ''}", leave_out)
+        records, unreadable = _records(rows, subset, _unreadable(root, others), f"{name}/{subset}{split if len(splits) > 1 else ''}", leave_out)
     missing = [row[0] for row in rows if row[3] is None]
     directional = frozenset(label for label, c in enumerate(classes) if names_direction(c))
     return Dataset(name, split, subset, records, classes, len(rows), len(rows) - len(missing), missing, unreadable, directional)

@@ -256,6 +256,7 @@ class Report:
     unreadable: dict  # path relative to the root -> reason
     concealed: tuple = ()  # readable, but the decoder had to patch pictures
     made: str = ""    # what came of the others; "" after a check
+    away: int = 0     # videos known from before that are not there now; what is known of them is kept
 
     @property
     def readable(self) -> int: return self.found - len(self.unreadable)
@@ -270,6 +271,7 @@ class Report:
     def __repr__(self):
         lines = [f"{self.found} videos: {self.readable} {self.made or 'readable'}, {len(self.unreadable)} unreadable; {self.kept} of them known from before"]
         def some(paths): return ", ".join(p if p.isprintable() else ascii(p) for p in paths[:3]) + (", ..." if len(paths) > 3 else "")
+        if self.away: lines.append(f"  {self.away} more are known and not there now; if they were deleted for good, delete frames.csv and check again")
         lines += [f"  {len(paths)} x {reason}: {some(paths)}" for reason, paths in self.by_reason.items()]
         if any(reason.startswith("no answer") for reason in self.unreadable.values()): lines.append("  no answer: the decoder hangs, or the film is long; where it is long, give more seconds (timeout) and ask again (retry)")
         if self.concealed: lines.append(f"  {len(self.concealed)} readable with damaged pictures, which the decoder conceals: {some(self.concealed)}")
@@ -300,6 +302,12 @@ def _journal(folder):
     file.unlink(missing_ok=True)
 
 # %% ../nbs/03_scanning.ipynb #0a5cf866
+def _foreign(folder):
+    "Raise ValueError where a file of the name of a table is none of ours."
+    for name, header in zip(_NAMES, (["path", "size", "mtime_ns"], ["path", "reason"])):
+        found = next(_read_table(folder / name), [])[:len(header)]
+        if found and found != header: raise ValueError(f"{folder / name} is no table of this command (its first line begins {','.join(found)!r}); move it away, or name another folder with output=")
+
 def _write_tables(folder, known, changed=True):
     "Write frames.csv, unless it is `known` already, and unreadable.csv, from {path: (stamp, row)}."
     columns = next((list(row) for _, row in known.values() if len(row) > 1), ["problem"])
@@ -331,12 +339,14 @@ def check(
     look="mbd.scanning:_look", # what looks at a file in its own process: a function of a module, or 'module:name'
 ) -> Report:
     """Decode every video once; write frames.csv (path, size, mtime_ns, what is in it) and unreadable.csv (path, reason).
-    Files that are as they were are not decoded again, however the earlier run ended. With `files`, rows about others stay. A crashing or hanging decoder costs its file, nothing else.
+    Files that are as they were are not decoded again, however the earlier run ended. Rows about videos that are not there now stay, as a disk may come back; nothing is written where there is no video at all. A crashing or hanging decoder costs its file, nothing else.
     Raises FileNotFoundError, ValueError, TypeError for wrong arguments, OSError where the tables cannot be written, ImportError without a decoder."""
     (root, workers), function, output = _arguments(root, workers, timeout), _address(look), Path(output or root)
     asked, known, changed = {path: _stamp(os.path.join(root, path)) for path in _videos(root, files)}, {}, (output / _NAMES[2]).exists()
+    _foreign(output)
+    if not asked: return Report(0, 0, {})
     for path, stamp, row in _remembered(output):
-        now = asked[path] if path in asked else _stamp(os.path.join(root, path)) if files is not None else None
+        now = asked[path] if path in asked else _stamp(os.path.join(root, path)) or stamp
         if stamp == now and _sensible(row) and not (retry and row["problem"] and path in asked): known[path] = stamp, row
         else: changed = True
     todo = {path: (os.path.join(root, path),) for path in asked if path not in known}
@@ -348,9 +358,9 @@ def check(
             note(path, *known[path])
             if progress: progress(done, len(asked))
         with _writing(output): _write_tables(output, known, changed or bool(todo) or not known)
-    rows = {path: known[path][1] for path in asked}
+    rows, away = {path: known[path][1] for path in asked}, sum(not os.path.exists(os.path.join(root, path)) for path in known.keys() - asked.keys()) if files is None else 0
     return Report(len(asked), kept, {path: row["problem"] for path, row in rows.items() if row["problem"]},
-                  tuple(path for path, row in rows.items() if not row["problem"] and row.get("concealed") not in (None, "", "0")))
+                  tuple(path for path, row in rows.items() if not row["problem"] and row.get("concealed") not in (None, "", "0")), away=away)
 
 # %% ../nbs/03_scanning.ipynb #facd7872
 class _Rows(Mapping):

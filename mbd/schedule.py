@@ -86,6 +86,7 @@ class _Found:
         "The official lists, and their records cut into parts. On generated data the set is made first."
         p, name = self.p, self.run.experiment.data_name
         self.spec, self.folder, annotations = _videos(self.run)
+        self.tables = None if (self.folder/"frames.csv").is_file() else annotations      # of `mbd data check`; a data set that may only be read has them beside the lists
         tested = "validation" if "validation" in datasets.READERS[name][2] else "test"      # Kinetics-400 and Something-Something V2 report on it
         self.lists = {part: datasets.load(name, self.folder, p.split, subset, annotations) for part, subset in [("train", "train"), ("test", tested)]}
         chosen = [experiment.subset(self.lists[part].records, 0 if self.run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]]
@@ -150,7 +151,7 @@ class _Read(_Planned):
                 size, most = self._kept()
                 self.frames, self.unreadable = clips.load_frames(self.records.values(), size=size, max_frames=most, progress=self.progress("decoding", "videos"), max_failures=p.max_failures)
         else:
-            known = scanning.load_index(self.folder)
+            known = scanning.load_index(self.folder, self.tables)
             self.index = {id: known[name] for id, r in self.records.items() if (name := r.path.relative_to(self.folder).as_posix()) in known}
         self.data = {name: self._data(records, train=name == "fit") for name, records in self.parts.items() if name != "unlabelled"}
         self.data |= {stage: self._data(records, train=True) for stage, records in self._taught_on().items()}

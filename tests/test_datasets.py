@@ -1,4 +1,4 @@
-import csv, json, os, subprocess, sys
+import csv, json, os, shutil, subprocess, sys
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -192,6 +192,15 @@ def test_links_count_if_they_lead_somewhere(root, tmp_path):
 
 # ---- unreadable files, counts
 
+def test_a_set_that_may_only_be_read_has_its_list_beside_the_official_ones(root, tmp_path):
+    lists = tmp_path / "lists"
+    shutil.copytree(root / "ucfTrainTestlist", lists)
+    write(lists / "unreadable.csv", "path,reason", f"UCF-101/{entry('Archery', 3, 1)},no frame decodes")
+    assert load("ucf101", root).unreadable == {} and load("ucf101", root, annotations=lists).unreadable == {"v_Archery_g03_c01": "no frame decodes"}
+    write(root / "unreadable.csv", "path,reason")
+    assert load("ucf101", root, annotations=lists).unreadable == {}             # the set's own goes first
+
+
 def test_unreadable_videos_are_found_but_no_records(root):
     write(root / "unreadable.csv", "path,reason", f"UCF-101/{entry('Archery', 3, 1)},no frame decodes", f'UCF-101/{entry("YoYo", 1, 1)},"killed, after 60 s"', "UCF-101/gone.avi,was there once")
     (root / "UCF-101" / entry("YoYo", 3, 1)).unlink()
@@ -199,7 +208,7 @@ def test_unreadable_videos_are_found_but_no_records(root):
     assert train.unreadable == {"v_Archery_g03_c01": "no frame decodes"} and test.unreadable == {"v_YoYo_g01_c01": "killed, after 60 s"}
     for d in (train, test): assert d.expected == d.found + len(d.missing) and len(d.records) == d.found - len(d.unreadable) and not {r.id for r in d.records} & set(d.unreadable)
     assert (train.found, train.missing) == (35, ["v_YoYo_g03_c01"]) and "35 found, 1 missing, 1 unreadable" in repr(train)
-    assert load("ucf101", root / "UCF-101").unreadable == {}           # its paths count from the folder it lies in
+    assert load("ucf101", root / "UCF-101").unreadable == train.unreadable      # made for the folder above: its paths count from there
 
 
 def test_unreadable_list_of_the_current_folder(root, monkeypatch):

@@ -162,10 +162,30 @@ def test_what_is_known_is_not_decoded_again_and_changed_files_are(root, calls, s
     put(root / "a/new.mp4", sample[0])
     report = check(root, look="scanning_tasks:look")
     assert calls() == ["empty.mp4", "new.mp4", "one.mp4"] and report.kept == 4
-    assert set(load_index(root)) == {"a/one.mp4", "a/new.mp4", "b/empty.mp4", "b/three.mkv"} and "a/two.MP4" not in (root / "frames.csv").read_text()
+    assert set(load_index(root)) == {"a/one.mp4", "a/new.mp4", "b/empty.mp4", "b/three.mkv"}
+    assert report.away == 1 and "1 more are known and not there" in repr(report)      # a disk may come back
     stat = os.stat(root / "a/one.mp4")
     os.utime(root / "a/one.mp4", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))      # same size, other time
     assert "a/one.mp4" not in load_index(root) and check(root, look="scanning_tasks:look").kept == 6 and calls() == ["one.mp4"]
+
+
+def test_a_disk_that_is_away_costs_nothing(root, calls, tmp_path):
+    before = check(root, look="scanning_tasks:look"); calls()
+    tables = {name: (root / name).read_bytes() for name in ("frames.csv", "unreadable.csv")}
+    (root / "a").rename(tmp_path / "a")
+    assert check(root, look="scanning_tasks:look").away and calls() == []
+    (root / "b").rename(tmp_path / "b")
+    assert check(root).found == 0 and {name: (root / name).read_bytes() for name in tables} == tables
+    for name in "ab": (tmp_path / name).rename(root / name)
+    again = check(root, look="scanning_tasks:look")
+    assert calls() == [] and (again.kept, again.unreadable, again.away) == (before.found, before.unreadable, 0)
+
+
+@pytest.mark.parametrize("name,line", [("frames.csv", "my,own,table"), ("unreadable.csv", "clip,why")])
+def test_a_table_of_somebody_else_is_not_replaced(root, name, line):
+    (root / name).write_text(line + "\n1,2\n")
+    with pytest.raises(ValueError, match=f"{name} is no table of this command"): check(root)
+    assert (root / name).read_text() == line + "\n1,2\n"
 
 
 def test_a_file_that_was_unreadable_is_asked_again_only_on_demand(root, calls, sample):
