@@ -242,7 +242,7 @@ def _list_words(one):
 
 def _prepare_words(one):
     one.add_argument("--source", metavar="FOLDER", help="files that are downloaded already (ssv2 needs it: its licence asks for a download by hand)")
-    one.add_argument("--url", metavar="ADDRESS", help="fetch from here instead of the official page")
+    one.add_argument("--url", action="append", metavar="ADDRESS", help="fetch from here instead of the official page: the address of a file, or of the folder that holds the files; may be repeated")
     one.add_argument("--subset", action="append", metavar="NAME", help="kinetics400: train, validation or test; may be repeated")
     one.add_argument("--discard", action="store_true", help="remove each downloaded archive once it is unpacked")
     _share(one, "--annotations")

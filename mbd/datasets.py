@@ -427,6 +427,12 @@ def _unreadable(root, others=()):
     return {}
 
 # %% ../nbs/03_datasets.ipynb #4abb89d3
+def _readable(path, reasons):
+    "The path, or that of the same name with another ending where this one is known to be unreadable and that one is not."
+    if path not in reasons: return path
+    others = (f"{path.rpartition('.')[0]}.{ending}" for ending in ENDINGS)
+    return next((other for other in others if other not in reasons and os.path.isfile(other)), path)
+
 def _records(rows, subset, reasons, origin, leave_out=True):
     "(records, {id: reason}) of the rows whose file was found."
     folders, records, unreadable = {}, [], {}
@@ -434,7 +440,7 @@ def _records(rows, subset, reasons, origin, leave_out=True):
         if path is None: continue
         above, _, file = path.rpartition(os.sep)
         if above not in folders: folders[above] = str(Path(above or os.sep) / "_")[:-1]
-        path = folders[above] + file
+        path = _readable(folders[above] + file, reasons)
         if path in reasons: unreadable[id] = reasons[path]
         if path not in reasons or not leave_out: records.append(Record(id, path, label, source, subset, *times, origin=origin))
     return records, unreadable

@@ -13,6 +13,7 @@ import urllib.error, urllib.parse, urllib.request, zipfile, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from . import datasets
 from .settings import nearest
 
 # %% ../nbs/03_preparation.ipynb #861f7e75
@@ -452,7 +453,7 @@ def _rar_entries(file, place):
     if reader == "libarchive": return _by_libarchive(file)
     if reader == "bsdtar": return _by_bsdtar(file, place)
     raise ArchiveError(f"{file.name} is a rar archive, and nothing here can read it. Install one of: the library rarfile and the program unrar; the library libarchive-c; the program bsdtar (Debian: libarchive-tools). "
-                       f"Or unpack {file} by hand into the data set's folder; then run the same command again")
+                       f"Or unpack {file.name} by hand (a rar for each class that comes out of it, too), so that data/README.md describes what lies in the data set's folder; then run the same command again")
 
 # %% ../nbs/03_preparation.ipynb #3150e647
 @contextlib.contextmanager
@@ -642,14 +643,23 @@ def _record(file, name):
     if not sound: raise PreparationError(f"{file} is damaged; delete it and run again: what is in place is unpacked once more")
     return record
 
+# %% ../nbs/03_preparation.ipynb #a80c12ac
+def _addresses(given, sources):
+    "({file: address}, address of the folder of all other files or None) of `urls`: a dict, or addresses, each of a file or of a folder."
+    if isinstance(given, dict): return given, None
+    addresses, files = [given] if isinstance(given, str) else list(given or ()), {s.file for s in sources}
+    last = lambda url: urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    folders = [url for url in addresses if last(url) not in files]
+    if len(folders) > 1: raise ValueError(f"urls: {folders[0]} and {folders[1]} are both taken for the folder of all files; an address of one file ends in its name: {', '.join(sorted(files))}")
+    return {last(url): url for url in addresses if last(url) in files}, next(iter(folders), None)
+
 # %% ../nbs/03_preparation.ipynb #a80c12ad
 class _Job:
     "What the steps of `prepare` share."
-    lost = ()    # recorded archives whose content has been thrown away since
-
     def __init__(self, name, root, source, annotations, urls, checksums, keep, progress, say, options):
         self.name, self.root, self.lists, self.source = name, Path(root), Path(annotations or root), Path(source) if source else None
-        self.urls, self.checksums, self.keep, self.say, self.options = urls or {}, checksums or {}, keep, say, options
+        self.urls, self.base = _addresses(urls, SOURCES[name])
+        self.checksums, self.keep, self.say, self.options = checksums or {}, keep, say, options
         self.progress, self.done, self.total, self.part, self.shown = progress, 0, 0, 0, 0
         self.work, self.downloads = self.root / WORK, self.root / "downloads"
         self.record = _record(self.work / "record.json", name)
@@ -658,8 +668,12 @@ class _Job:
     def is_done(self, key): return key in self.record["archives"]
 
     def note(self, key, summary):
-        "Record an archive as finished; None takes it off the record."
-        self.record["archives"] = {k: v for k, v in self.record["archives"].items() if k != key} | ({key: summary} if summary else {})
+        "Record an archive as finished."
+        self.strike({key}, {key: summary})
+
+    def strike(self, keys, new={}):
+        "Take archives off the record, all of them or none."
+        self.record["archives"] = {k: v for k, v in self.record["archives"].items() if k not in keys} | new
         _write_json(self.work / "record.json", self.record)
 
     def tick(self, done, total):
@@ -688,7 +702,7 @@ def _fetch(job, source, subset=""):
     if file := _find(job, source.file, subset):
         if problem := _problem(file, file.suffix.lower(), expected): raise DownloadError(f"{file} {problem}; move it away and run the same command again")
         return file
-    url = job.urls.get(key, source.url) if isinstance(job.urls, dict) else f"{job.urls.rstrip('/')}/{key}"
+    url = job.urls.get(key) or (f"{job.base.rstrip('/')}/{key}" if job.base else source.url)
     job.say(f"{source.file}: fetching from {urllib.parse.urlsplit(url).hostname}" + ("" if expected else ", no checksum is known"))
     return download(url, job.downloads / subset / source.file, expected, progress=job.tick, **job.options)
 
@@ -719,8 +733,9 @@ def _sweep(job):
     for folder in left: shutil.rmtree(folder)
     for file in job.work.glob("*~"): file.unlink()
     folders = {"lists": job.lists, "root": job.root, "work": job.work}
-    job.lost = [key for key, entry in job.record["archives"].items() if not all((folders[entry["folder"]] / p).exists() for p in entry["places"])]
-    for key in job.lost: job.note(key, None)
+    lost = {key for key, entry in job.record["archives"].items() if not all((folders[entry["folder"]] / p).exists() for p in entry["places"])}
+    if lost and job.name == "kinetics400": lost.add(SOURCES[job.name][-1].file)    # a part that is unpacked again brings the damaged videos back: the replacements have to follow, however this call ends
+    if lost: job.strike(lost)
 
 # %% ../nbs/03_preparation.ipynb #4e4048d5
 def _archive(job, source, subset="", key=None):
@@ -740,24 +755,36 @@ def _archive(job, source, subset="", key=None):
 def _by_hand(job, source):
     "Are the videos of this source there, unpacked by somebody else?"
     if source.file in job.record["archives"] or not source.videos or (job.work / f"{source.file}.ready").exists(): return False
-    found = sum(1 for ending in source.endings for _ in (job.root / source.into).rglob(f"*{ending}"))
-    if found >= source.videos:
-        job.note(source.file, {"files": found, "bytes": 0, "skipped": 0, "places": [source.into], "folder": "root", "size": 0, "videos": found})
-        job.say(f"{source.into}: {found:,} videos were there already")
-    return found >= source.videos
+    for folder in datasets._video_folders(job.name, job.root):
+        found = 0
+        for _, below, names in os.walk(folder):
+            below[:] = [name for name in below if name != WORK]                             # what a killed call has unpacked there is in no place yet
+            found += sum(os.path.splitext(name)[1].lower() in source.endings for name in names)
+        if not found: continue
+        place = folder.relative_to(job.root).as_posix()
+        if found >= source.videos: job.note(source.file, {"files": found, "bytes": 0, "skipped": 0, "places": [place], "folder": "root", "size": 0, "videos": found})
+        job.say(f"{folder}: {found:,} videos were there already" + ("" if found >= source.videos else f", and {source.file} holds {source.videos:,}"))
+        return found >= source.videos
+    return False
+
+def _lists_there(job):
+    "Are all official lists there, whoever has put them there? Only lists of a known length are."
+    _, splits, subsets = datasets.READERS[job.name]
+    try: return job.root.is_dir() and all(datasets.load(job.name, job.root, split, subset, job.lists).edition for split in splits for subset in subsets)
+    except (OSError, ValueError): return False
 
 # %% ../nbs/03_preparation.ipynb #2044f2ed
 def _prepare_ucf101(job, subsets):
     job.total = sum(2 * s.mib for s in SOURCES["ucf101"])
     for source in SOURCES["ucf101"]:
-        _by_hand(job, source)
-        _archive(job, source)
+        if _lists_there(job) if source.lists else _by_hand(job, source): job.end_part(2 * source.mib)
+        else: _archive(job, source)
 
 # %% ../nbs/03_preparation.ipynb #3d7e6eeb
 def _prepare_hmdb51(job, subsets):
     lists, videos = SOURCES["hmdb51"]
     job.total = 2 * lists.mib + 3 * videos.mib
-    _archive(job, lists)
+    if not _lists_there(job): _archive(job, lists)
     if _by_hand(job, videos) or job.is_done(videos.file): return job.end_part(3 * videos.mib)
     _archive(job, Source(videos.file, videos.url, "classes", 1, (".rar",), mib=videos.mib, checksum=videos.checksum), key="classes")
     classes = sorted((job.work / "classes").glob("*.rar"))
@@ -766,7 +793,7 @@ def _prepare_hmdb51(job, subsets):
         if not job.is_done(key): _install(job, Source(rar.name, "", f"{videos.into}/{rar.stem}", 1, videos.endings), rar, key)
         job.end_part(job.part)
     job.note(videos.file, {"files": 0, "bytes": 0, "skipped": 0, "places": [f"{videos.into}/{rar.stem}" for rar in classes], "folder": "root", "size": 0, "videos": 0})
-    job.note("classes", None)
+    job.strike({"classes"})
     shutil.rmtree(job.work / "classes")
 
 # %% ../nbs/03_preparation.ipynb #51aa0242
@@ -802,7 +829,6 @@ def _prepare_kinetics400(job, subsets):
     replacement = SOURCES["kinetics400"][-1]
     _check_names("checksums", job.checksums, [*(s.file for s in SOURCES["kinetics400"]), *(f"{subset}/{part.file}" for subset, part in parts)])
     job.total = 2 * (sum(part.mib for _, part in parts) + replacement.mib)
-    if job.lost: job.note(replacement.file, None)    # a part that is unpacked again brings the damaged videos back
     for subset, part in parts: _archive(job, part, subset, f"{subset}/{part.file}")
     _archive(job, replacement)
     moved, waiting = _replace_damaged(job)
@@ -913,7 +939,7 @@ def prepare(
     source=None, # folder with files that are downloaded already; ssv2: with its parts
     annotations=None, # folder for the official lists, where they shall lie apart
     subsets=("train", "validation"), # of kinetics400; "test" is the third
-    urls=None, # {file: address}, or one address that stands for the folder of all files
+    urls=None, # addresses: one that ends in the name of a file is of that file, another of the folder of all the rest; or {file: address}
     checksums=None, # {file: "sha256:..."}; None for a file: no check; parts of kinetics400 are "train/part_0.tar.gz"
     keep=True, # keep what was fetched after unpacking? What lies in `source` is always kept
     progress=None, # called with (MiB done, MiB in all); both are estimates
@@ -929,7 +955,7 @@ def prepare(
     subsets = (subsets,) if isinstance(subsets, str) else tuple(subsets)
     for subset in subsets:
         if subset not in SUBSETS: raise ValueError(f"subsets: {subset!r} is unknown; {nearest(subset, list(SUBSETS))}")
-    _check_names("urls", urls or {}, [s.file for s in SOURCES[name]])
+    _check_names("urls", urls, [s.file for s in SOURCES[name]])
     if name in ("ucf101", "hmdb51"): _check_names("checksums", checksums or {}, [s.file for s in SOURCES[name]])
     with _disk_told(Path(root)), _locked(Path(root) / WORK):
         job = _Job(name, root, source, annotations, urls, checksums, keep, progress, say or (lambda line: None), {"timeout": timeout, "retries": retries, "wait": wait})

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from . import video
+from . import datasets, video
 from .settings import KitError
 from .video import FrameIndex, VideoError, _whole
 
@@ -450,7 +450,7 @@ def _shrink(source, target, short_side, keyframes, crf):
 
 # %% ../nbs/03_scanning.ipynb #b176308d
 def _targets(paths):
-    "{path: path of its copy}, no two the same."
+    "{path: path of its copy}, no two the same. Of several endings of one name, the copy of the one that `datasets.load` prefers keeps the name."
     copies, level = {path: os.path.splitext(path)[0] + ".mp4" for path in paths}, dict.fromkeys(paths, 0)
     while True:
         groups = {}
@@ -459,7 +459,8 @@ def _targets(paths):
         if not clashes: return copies
         for group in clashes:
             low = min(level[path] for path in group)
-            for path in group:
+            lowest = sorted((path for path in group if level[path] == low), key=lambda path: (datasets._rank(path), path))
+            for path in lowest[low < 1 and len(lowest) > 1:]:      # the first keeps a plain name, if it only meets plain ones
                 if level[path] == low:
                     level[path] += 1
                     copies[path] = path + ".mp4" if low < 1 else f"{path}.{zlib.crc32(os.fsencode(path), low):08x}.mp4"
@@ -535,7 +536,7 @@ def resize(
     copies = {path: copy for path, copy in copies.items() if _in_shard(path, shard)}
     asked, there = ({path: _stamp(folder / name) for path, name in names} for folder, names in ((root, zip(copies, copies)), (output, copies.items())))
     lacking = {path for path in copies if not there[path] or not asked[path] or there[path][1] < asked[path][1]}
-    reasons = {path: row["problem"] for path, stamp, row in _remembered(root) if path in lacking and stamp == asked[path] and row.get("problem")}
+    reasons = {path: row["problem"] for path, stamp, row in _remembered(root) if path in lacking and stamp == asked[path] and row.get("problem") and not row["problem"].startswith("no answer")}      # a slow decoder has more time here
     todo = {path: (os.path.join(root, path), os.path.join(output, copies[path]), *numbers) for path in copies if path in lacking and path not in reasons}
     kept, targets = len(copies) - len(todo), [output / copies[path] for path in todo]
     _sweep(targets)

@@ -151,7 +151,7 @@ def test_prepare_hands_the_words_on(monkeypatch, capsys, tmp_path):
     assert cli.main(["data", "prepare", "kinetics400", "--root", "k", "--subset", "train", "--subset", "test", "--discard"]) == 0
     assert (asked["name"], asked["root"], asked["urls"], asked["subsets"], asked["keep"]) == ("kinetics400", Path("k"), "https://mirror.example.org/k400", ("train", "test"), False)
     assert cli.main(["data", "prepare", "kinetics400", "--root", "k", "--url", "https://other.example.org"]) == 0
-    assert asked["urls"] == "https://other.example.org" and asked["keep"] is True and "3 videos" in capsys.readouterr().out
+    assert asked["urls"] == ["https://other.example.org"] and asked["keep"] is True and "3 videos" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["features"], ["run"], ["train"], ["analyse"], ["compare"], ["predict"], ["bench"], ["bench", "data"], ["bench", "pairs"], ["bench", "inference"], ["bench", "train"], ["bench", "features"]])

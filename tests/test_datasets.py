@@ -211,6 +211,16 @@ def test_unreadable_videos_are_found_but_no_records(root):
     assert load("ucf101", root / "UCF-101").unreadable == train.unreadable      # made for the folder above: its paths count from there
 
 
+def test_a_broken_video_that_is_there_in_another_ending_too_is_read_from_that(root):
+    good = (root / "UCF-101" / entry("Archery", 3, 1)).with_suffix(".mp4")
+    write(root / "unreadable.csv", "path,reason", f"UCF-101/{entry('Archery', 3, 1)},no frame decodes")
+    good.touch()
+    train = load("ucf101", root)
+    assert not train.unreadable and next(r for r in train.records if r.id == "v_Archery_g03_c01").path == good
+    write(root / "unreadable.csv", "path,reason", *(f"UCF-101/{Path(entry('Archery', 3, 1)).with_suffix(e).as_posix()},no frame decodes" for e in (".avi", ".mp4")))
+    assert set(load("ucf101", root).unreadable) == {"v_Archery_g03_c01"}
+
+
 def test_unreadable_list_of_the_current_folder(root, monkeypatch):
     write(root / "UCF-101/unreadable.csv", "path,reason", f"{entry('Archery', 3, 1)},broken")
     monkeypatch.chdir(root / "UCF-101")

@@ -586,6 +586,25 @@ def test_without_a_rar_reader_the_message_says_what_to_install_and_a_folder_unpa
     assert prepare("ucf101", tmp_path, **ucf).videos == 6
 
 
+def test_lists_and_folders_of_any_known_name_put_there_by_hand_are_taken(monkeypatch, tmp_path, hmdb, server):
+    options, files = hmdb
+    for name in ("rarfile", "libarchive"): monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(preparation, "_bsdtar", lambda: None)
+    lists, videos = preparation.SOURCES["hmdb51"]
+    monkeypatch.setitem(preparation.SOURCES, "hmdb51", (lists, Source(**{**vars(videos), "videos": 4})))
+    monkeypatch.setitem(datasets.KNOWN, "hmdb51", (2, {(split, subset): {n: "official"} for split in (1, 2, 3) for subset, n in (("train", 2), ("test", 2), ("unused", 0))}))
+    for name, content in files.items():
+        for target in [name.replace("split1", f"split{k}") for k in (1, 2, 3)] if "split1" in name else [name.removeprefix("hmdb51_org/")]:
+            (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / target).write_bytes(content)
+    missing = tmp_path / "testTrainMulti_7030_splits/wave_test_split3.txt"
+    text = missing.read_bytes(); missing.unlink()
+    with pytest.raises(ArchiveError, match="test_train_splits.rar.*data/README.md"): prepare("hmdb51", tmp_path, **options)
+    missing.write_bytes(text)
+    asked = len(server.asked)
+    assert prepare("hmdb51", tmp_path, **options).videos == 4 and len(server.asked) == asked
+
+
 # the four sets
 
 def test_ucf101_from_the_server(ucf, tmp_path):
@@ -611,6 +630,14 @@ def test_lists_apart_files_of_the_user_and_throwing_archives_away(ucf, server, t
     shutil.rmtree(tmp_path / "lists")
     prepare("ucf101", tmp_path / "set", annotations=tmp_path / "lists", **ucf)
     assert len(server.asked) == n + 1 and set(tree(tmp_path / "lists")) == set(UCF_LISTS)      # the lists were thrown away: again
+
+
+def test_one_file_that_has_moved_is_fetched_from_its_address_and_the_others_from_where_they_are(ucf, server, tmp_path):
+    server.files["/moved/UCF101.rar"] = server.files.pop("/UCF101.rar")
+    with pytest.raises(DownloadError, match="404"): prepare("ucf101", tmp_path, **ucf)
+    assert prepare("ucf101", tmp_path, **ucf | {"urls": [f"{server.base}/moved/UCF101.rar", server.base]}).videos == 6
+    assert prepare("ucf101", tmp_path / "b", **ucf | {"urls": {LIST: f"{server.base}/{LIST}", "UCF101.rar": f"{server.base}/moved/UCF101.rar"}}).videos == 6
+    with pytest.raises(ValueError, match="both taken for the folder"): prepare("ucf101", tmp_path / "c", **ucf | {"urls": [server.base, server.base + "/moved"]})
 
 
 def test_checksums_of_the_table_and_of_the_user(ucf, server, tmp_path):
@@ -677,6 +704,10 @@ def test_kinetics400_part_by_part(kinetics, server, tmp_path):
     shutil.rmtree(tmp_path / "train")                                # thrown away: fetched again, and mended again
     prepare("kinetics400", tmp_path, keep=False, **options)
     assert tree(tmp_path) == whole
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(DownloadError, match="k400_test_path"): prepare("kinetics400", tmp_path, subsets=("train", "test"), **options)      # ends before anything is unpacked
+    prepare("kinetics400", tmp_path, **options)
+    assert (tmp_path / "train").is_dir() and {k: v for k, v in tree(tmp_path).items() if not k.startswith("downloads/")} == whole
 
 
 def test_kinetics400_checks_its_lists(kinetics, server, tmp_path):

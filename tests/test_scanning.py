@@ -538,7 +538,7 @@ def test_names_never_clash():
 def test_two_endings_of_one_name_become_two_copies(tmp_path, sample):
     put(tmp_path / "set/a.mp4", sample[0]), put(tmp_path / "set/a.mkv", sample[1])
     resize(tmp_path / "set", tmp_path / "small", short_side=32)
-    assert {p.name: video.num_frames(p) for p in (tmp_path / "small").glob("*.mp4")} == {"a.mp4.mp4": 6, "a.mkv.mp4": 12}
+    assert {p.name: video.num_frames(p) for p in (tmp_path / "small").glob("*.mp4")} == {"a.mp4": 6, "a.mkv.mp4": 12}      # "a" is what the lists find: of the originals a.mp4, too
 
 
 def test_settings_and_folders_that_do_not_fit_are_refused(root, tmp_path):
