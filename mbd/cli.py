@@ -115,6 +115,12 @@ def _above_zero(text):
     if not 0 < value < float("inf"): raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
+def _fraction(text):
+    try: value = float(text)
+    except ValueError: value = -1.
+    if not 0 <= value <= 1: raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
 def _count(text):
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
@@ -190,9 +196,10 @@ def _data_list(words):
         raise UsageError(f"--root and --annotations belong to one data set, not to {len(names)} ({', '.join(names)})")
     shown, absent = [], {}
     for name in names: _lists(name, words, shown, absent)
-    if not shown: raise next(iter(absent.values()))
-    print(datasets.table(shown))
-    if absent: print("no such list there: " + ", ".join(absent))
+    if shown: print(datasets.table(shown))
+    some = {d.name for d in shown}
+    if parts := [f"{name} {subset} (split {split})" for name, split, subset in absent if name in some]: print("no such list there: " + ", ".join(parts))
+    if lost := {name: str(error) for (name, *_), error in absent.items() if name not in some}: raise FileNotFoundError("; ".join(lost.values()))      # of these sets nothing
 
 def _lists(name, words, shown, absent):
     "Add the lists of a data set to those that are shown, or to those that are absent."
@@ -200,7 +207,7 @@ def _lists(name, words, shown, absent):
     folder, lists = _folder(name, words.root), _annotations(name, words.annotations)
     for split, subset in [(split, subset) for split in datasets.READERS[name][1] for subset in datasets.READERS[name][2]]:
         try: shown.append(datasets.load(name, folder, split, subset, lists))
-        except FileNotFoundError as error: absent[f"{name} {subset} (split {split})"] = error
+        except FileNotFoundError as error: absent[name, split, subset] = error
 
 # %% ../nbs/17_cli.ipynb #f49f14ea
 def _data_prepare(words):
@@ -311,7 +318,8 @@ def _features_branch(commands):
     _share(stored, "--shard", "--device")
     stored.add_argument("--batch", type=_positive, default=8, metavar="N", help="clips at once (default %(default)s)")
     stored.add_argument("--workers", type=_count, metavar="N", help="processes that read videos (settings.ini says, if not given)")
-    stored.add_argument("--retry", action="store_true", help="read videos again that were unreadable before")
+    stored.add_argument("--retry", action="store_true", help="read videos again that were unreadable before, or whose file has another size now")
+    stored.add_argument("--max-failures", type=_fraction, default=0.01, metavar="F", help="fraction of the videos that may turn out unreadable, 0 to 1 (default %(default)s)")
 
 # %% ../nbs/17_cli.ipynb #3c73195a
 def _parameter(name, value):

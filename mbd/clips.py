@@ -7,7 +7,7 @@ __all__ = ['LOCAL_VIEW', 'GLOBAL_VIEW', 'AUGMENTATIONS', 'PROTOCOLS', 'View', 'C
            'protocol', 'load_frames', 'FrameCache', 'frame_rate', 'ClipDataset', 'Batches', 'batches']
 
 # %% ../nbs/05_clips.ipynb #8c3e72c0
-import errno, hashlib, json, logging, math, os, threading, time, uuid
+import errno, hashlib, json, logging, math, os, re, threading, time, uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -323,9 +323,10 @@ class _Room:
 
     @staticmethod
     def count(folder):
-        "Bytes in the folder; parts that a killed process left a day ago are removed."
+        "Bytes of the cache in the folder; parts that a killed process left a day ago are removed. Files of other names are somebody else's."
         total = 0
         for file in folder.glob("*/*"):
+            if not re.fullmatch(r"[0-9a-f]{40}(\.npy|\.[0-9a-f]{32}\.part)", file.name): continue
             try:
                 stat = file.stat()
                 if file.suffix == ".part" and time.time() - stat.st_mtime > 86400: file.unlink()

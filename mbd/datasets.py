@@ -52,7 +52,7 @@ KNOWN = {  # data set -> (number of classes, {(split, subset): {videos in the li
 # %% ../nbs/03_datasets.ipynb #e1fe2481
 @dataclass(frozen=True)
 class Dataset:
-    "The videos of one official list; `load` makes it. expected == found + len(missing), len(records) == found - len(unreadable), or found where `load` was told to leave nothing out."
+    "The videos of one official list; `load` makes it. expected == found + len(missing), len(records) == found - len(unreadable), or expected where `load` was asked for `everything`."
     name: str
     split: int
     subset: str      # "train", "test"; "validation" (Kinetics-400, SSv2); "unused" (HMDB51)
@@ -433,16 +433,18 @@ def _readable(path, reasons):
     others = (f"{path.rpartition('.')[0]}.{ending}" for ending in ENDINGS)
     return next((other for other in others if other not in reasons and os.path.isfile(other)), path)
 
-def _records(rows, subset, reasons, origin, leave_out=True):
-    "(records, {id: reason}) of the rows whose file was found."
+def _records(rows, subset, reasons, origin, everything=False):
+    "(records, {id: reason}) of the rows whose file was found; with everything, records of the others too, without a path."
     folders, records, unreadable = {}, [], {}
     for id, label, source, path, *times in rows:
-        if path is None: continue
+        if path is None:
+            if everything: records.append(Record(id, None, label, source, subset, *times, origin=origin))
+            continue
         above, _, file = path.rpartition(os.sep)
         if above not in folders: folders[above] = str(Path(above or os.sep) / "_")[:-1]
         path = _readable(folders[above] + file, reasons)
         if path in reasons: unreadable[id] = reasons[path]
-        if path not in reasons or not leave_out: records.append(Record(id, path, label, source, subset, *times, origin=origin))
+        if path not in reasons or everything: records.append(Record(id, path, label, source, subset, *times, origin=origin))
     return records, unreadable
 
 # %% ../nbs/03_datasets.ipynb #81cdc404
@@ -462,7 +464,7 @@ def load(
     split=1, # official split: 1, 2, 3 for UCF101 and HMDB51, else 1
     subset="train", # "train"; "test" (not SSv2: its test list has no labels); "validation" (Kinetics-400, SSv2); "unused" (HMDB51)
     annotations=None, # folder of the official lists, where they lie apart
-    leave_out=True, # the videos that unreadable.csv names; if not, they are among the records too
+    everything=False, # records of all videos of the list, whatever is known of them; those that are missing have no path
 ) -> Dataset:
     "The videos of an official list. Raises ValueError for a wrong name, split, subset or line, FileNotFoundError where folder or lists are missing."
     if name not in READERS: raise ValueError(f"data set {name!r} is unknown; {nearest(name, list(READERS))}")
@@ -474,7 +476,7 @@ def load(
     if Path(root).name in VIDEOS[name]: others.append((Path(root).parent, Path(root).parent))      # checked as the folder above this one
     with _no_collection():
         classes, rows = reader(root := Path(root), split, subset, Path(annotations) if annotations else None)
-        records, unreadable = _records(rows, subset, _unreadable(root, others), f"{name}/{subset}{split if len(splits) > 1 else ''}", leave_out)
+        records, unreadable = _records(rows, subset, _unreadable(root, others), f"{name}/{subset}{split if len(splits) > 1 else ''}", everything)
     missing = [row[0] for row in rows if row[3] is None]
     directional = frozenset(label for label, c in enumerate(classes) if names_direction(c))
     return Dataset(name, split, subset, records, classes, len(rows), len(rows) - len(missing), missing, unreadable, directional)

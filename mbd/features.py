@@ -139,12 +139,12 @@ def _begin(folder, index):
         raise ValueError(f"{folder} holds other features: {'; '.join(_differences(found, index))}. Features of two streams are never mixed: name another folder, or delete this one")
 
 # %% ../nbs/14_features.ipynb #a251fc2e
-_TODO, _DONE, _UNREADABLE = 0, 1, 2
+_TODO, _DONE, _UNREADABLE, _ABSENT = 0, 1, 2, 3
 
 def _places(folder, index, shard):
-    "Files of one shard: features, states, reasons."
+    "Files of one shard: features, states, reasons, sizes of the videos' files."
     name = f"{_key(index)}-{shard[0]}-of-{shard[1]}"
-    return tuple(folder/f"{name}.{ending}" for ending in ("npy", "state", "json"))
+    return tuple(folder/f"{name}.{ending}" for ending in ("npy", "state", "json", "size"))
 
 def _shape(index, shard):
     "(videos, views, F) of one shard."
@@ -158,31 +158,33 @@ class _Part:
     "The rows of one shard, being written: first the features, then what says that they are there."
     def __init__(self, folder, index, shard):
         self.shape = _shape(index, shard)
-        self.features, self.states, self.notes = _places(folder, index, shard)
-        self.file, self.flags = (os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644), "r+b", buffering=0) for path in (self.features, self.states))
+        self.features, self.states, self.notes, self.bytes = _places(folder, index, shard)
+        self.file, self.flags, self.sizes = (os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644), "r+b", buffering=0) for path in (self.features, self.states, self.bytes))
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, dict(descr="<f2", fortran_order=False, shape=self.shape))
         self.begin = self.file.write(header.getvalue())           # the same bytes, however often: what is behind them stays
-        self.file.truncate(self.begin + 2*math.prod(self.shape)); self.flags.truncate(self.shape[0])
+        self.file.truncate(self.begin + 2*math.prod(self.shape)); self.flags.truncate(self.shape[0]); self.sizes.truncate(8*self.shape[0])
         self.state, self.reasons, self.pending = np.fromfile(self.states, np.uint8), _reasons(self.notes), []
 
-    def write(self, row, values):
-        "Features (V, F) float16 of a video."
+    def write(self, row, values, bytes=0):
+        "Features (V, F) float16 of a video, and the size of its file."
         size = 2*self.shape[1]*self.shape[2]
         self.file.seek(self.begin + row*size); data = memoryview(np.ascontiguousarray(values, "<f2")).cast("B")
         while len(data): data = data[self.file.write(data):]
+        self.sizes.seek(8*row); self.sizes.write(np.array([bytes], "<i8").tobytes())
         self.pending.append((row, _DONE))
         if len(self.pending) >= 16: self.flush()
 
     def note(self, videos):
-        "Videos that cannot be read: [(row, id, reason)]."
-        self.reasons |= {id: str(reason)[:500] for _, id, reason in videos}
-        _write(self.notes, json.dumps(self.reasons, indent=1).encode())
-        self.pending += [(row, _UNREADABLE) for row, *_ in videos]
+        "Videos that cannot be read: [(row, id, reason)]; the reason is None where the file is not there."
+        if (new := {id: str(reason)[:500] for _, id, reason in videos if reason is not None}):
+            self.reasons |= new
+            _write(self.notes, json.dumps(self.reasons, indent=1).encode())
+        self.pending += [(row, _ABSENT if reason is None else _UNREADABLE) for row, _, reason in videos]
 
     def flush(self):
         "Say what is there, once it is on the disk."
-        os.fsync(self.file.fileno())
+        os.fsync(self.file.fileno()); os.fsync(self.sizes.fileno())
         for row, state in self.pending:
             self.flags.seek(row); self.flags.write(bytes([state])); self.state[row] = state
         os.fsync(self.flags.fileno()); self.pending.clear()
@@ -191,7 +193,7 @@ class _Part:
 
     def __exit__(self, *error):
         try: self.flush()
-        finally: self.file.close(); self.flags.close()
+        finally: self.file.close(); self.flags.close(); self.sizes.close()
 
 # %% ../nbs/14_features.ipynb #a1511fe5
 _GLANCE = View(1, 1, 8, sampling="shared")   # a ClipDataset makes two clips; this one costs next to nothing
@@ -263,28 +265,53 @@ def _states(folder, index):
         if len(known) == len(own): own[:] = np.where(known == _DONE, _DONE, np.where(own == _TODO, known, own))
     return state
 
+# %% ../nbs/14_features.ipynb #cb6f8cc0
+def _bytes(record):
+    "Size of a video's file; 0 where it cannot be told."
+    try: return os.stat(record.path).st_size if record.path else 0
+    except OSError: return 0
+
+def _other_files(folder, index, records, states, shard):
+    "[(number, bytes when it was stored)] of stored videos whose file has another size now: all of this shard, some of the others."
+    stored = np.zeros(len(records), np.int64)
+    for i, n in _parts(folder, index):
+        if (place := _places(folder, index, (i, n))[3]).exists():
+            sizes, rows = np.fromfile(place, "<i8"), stored[i::n]
+            if len(sizes) == len(rows): rows[:] = np.where(sizes > 0, sizes, rows)
+    done = np.flatnonzero((states == _DONE) & (stored > 0)); own = done % shard[1] == shard[0]
+    return [(k, int(stored[k])) for k in (*done[own], *done[~own][:100]) if (now := _bytes(records[k])) and now != stored[k]]
+
 # %% ../nbs/14_features.ipynb #cb6f8ccd
 def _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, known, progress):
     "Do what is missing of one shard."
-    (i, n), states = shard, _states(place, index)
-    if retry: states[states == _UNREADABLE] = _TODO
-    own = range(i, len(records), n)
-    broken = [k for k in own if index["ids"][k] in known and states[k] == _TODO]
-    todo, failed = [k for k in own if states[k] == _TODO and index["ids"][k] not in known], sum(states[k] == _UNREADABLE and index["ids"][k] not in known for k in own)
+    (i, n), states, ids = shard, _states(place, index), index["ids"]
+    other = _other_files(place, index, records, states, shard)
+    if other and not retry:
+        k, was = other[0]
+        raise KitError(f"{len(other)} stored videos are other files now; the first: {records[k].path} ({_bytes(records[k]):,} bytes, {was:,} when it was stored). Two versions of a data set are never mixed: name another output folder, or store those anew (retry), each shard its own")
+    states[[k for k, _ in other]] = _TODO
+    states[(states == _ABSENT) | (retry & (states == _UNREADABLE))] = _TODO
+    own, there = range(i, len(records), n), sum(r.path is not None for r in records)
+    left = [(k, None if records[k].path is None else known[ids[k]]) for k in own if states[k] == _TODO and (records[k].path is None or ids[k] in known)]
+    todo, failed = sorted({k for k in own if states[k] == _TODO} - {k for k, _ in left}), sum(s == _UNREADABLE and id not in known for s, id in zip(states, ids))
+    def check(part, latest=None):
+        if failed <= max_failures*there: return
+        bad = latest if latest is not None else next(k for k in range(len(ids)) if states[k] == _UNREADABLE and ids[k] not in known)
+        raise KitError(f"{failed} of {there} videos could not be read, and max_failures = {max_failures} allows {int(max_failures*there)}; one of them: {records[bad].path}: {part.reasons.get(ids[bad], 'see the other shards')}. "
+                       "Run `mbd data check`, which lists every unreadable file: those on its list do not count. Or mend them and ask again with retry, or raise max_failures")
     views = _Views(records, todo, view, index["clips"], index["crops"], index["augmented"], flip, augment, seed)
     loader = torch.utils.data.DataLoader(views, batch_size=None, num_workers=workers, timeout=600 if workers else 0)
     with _Part(place, index, shard) as part:
-        if broken: part.note([(k // n, index["ids"][k], known[index["ids"][k]]) for k in broken])
+        if left: part.note([(k // n, ids[k], why) for k, why in left])
+        check(part)
         for done, (number, clips) in enumerate(loader, len(own) - len(todo) + 1):
-            if isinstance(clips, str): part.note([(number // n, index["ids"][number], clips)]); failed += 1
-            else: part.write(number // n, _to_float16(_features(stream, clips, batch, device), index["widths"], index["ids"][number]))
-            if failed > max_failures*len(own):
-                raise KitError(f"{failed} of {len(own)} videos could not be read, and max_failures = {max_failures} allows {int(max_failures*len(own))}; the last: {records[number].path}: {part.reasons.get(index['ids'][number], 'read')}. Run `mbd data check`, which lists every unreadable file; then ask again with retry, or raise max_failures")
+            if isinstance(clips, str): part.note([(number // n, ids[number], clips)]); failed += 1; check(part, number)
+            else: part.write(number // n, _to_float16(_features(stream, clips, batch, device), index["widths"], ids[number]), _bytes(records[number]))
             if progress: progress(done, len(own))
 
 # %% ../nbs/14_features.ipynb #2bb30347
 def extract(
-    records, # of chapter 03: all videos of the store, the same list for every shard
+    records, # of chapter 03: all videos of the store, the same list for every shard; those that are missing have no path
     stream, # from `build_stream`; not changed
     folder, # of all stores; see `store_folder`
     *, dataset, # name of the data set
@@ -300,8 +327,8 @@ def extract(
     device="cpu", # where the stream computes
     batch=8, # clips the stream sees at once
     workers=0, # processes that read videos
-    max_failures=0.01, # fraction of the videos that may turn out unreadable
-    retry=False, # read videos again that were unreadable before
+    max_failures=0.01, # fraction of the videos of the store that may turn out unreadable
+    retry=False, # read videos again that were unreadable before, or whose file has another size now
     unreadable=None, # {id: reason} of videos that are known to be, and are not tried
     expected=None, # videos in the official lists; None: as many as records
     progress=None, # called with (videos done, videos in all) of this shard
@@ -309,9 +336,10 @@ def extract(
     "Store the features of all videos, or those that are still missing. Raises ValueError, RuntimeError where too many videos are unreadable, OSError where the disk is full."
     (i, n), view = shard, view or stream_view(stream.backbone, weights)
     if not 0 <= i < n: raise ValueError(f"shard = {shard!r}: i/n needs 0 <= i < n")
+    records = list(records)
+    if n > len(records): raise ValueError(f"shard = {i}/{n}: there are {len(records)} videos only; ask for fewer shards")
     place, was = store_folder(folder, dataset, stream.backbone, weights, protocol, augmented), stream.training
     stream.eval().to(device)
-    records = list(records)
     index = _describe(records, stream, dataset, classes, view, protocol, augmented, weights, flip, augment, seed, expected or len(records))
     _begin(place, index)
     try: _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, unreadable or {}, progress)
@@ -320,10 +348,10 @@ def extract(
 
 # %% ../nbs/14_features.ipynb #ad315f39
 class FeatureStore:
-    "Stored features, mapped read-only. `records` are the videos that are there, `unreadable` {id: reason}, `missing` the ids of those not done. Raises FileNotFoundError, ValueError."
+    "Stored features, mapped read-only. `records` are the videos that are there, `unreadable` {id: reason}, `absent` the ids of those that were not there, `missing` those not done. Raises FileNotFoundError, ValueError."
     def __init__(self,
         folder, # of one store
-        max_missing=0.01, # fraction of the videos that may be missing or unreadable
+        max_missing=0.01, # fraction of the videos that were there and may be missing or unreadable
     ):
         self.folder, self.index = Path(folder), _read_index(folder)
         for name in ("dataset", "backbone", "weights", "protocol", "clips", "crops", "augmented", "widths", "classes", "digest", "expected"): setattr(self, name, self.index[name])
@@ -336,13 +364,17 @@ class FeatureStore:
         self.number = {r.id: k for k, r in enumerate(everything)}
         self.records = [r for k, r in enumerate(everything) if self._part[k] >= 0]
         self.unreadable = {id: why for id, why in self.unreadable.items() if id in self.number and self._part[self.number[id]] < 0}
-        self.missing = [r.id for k, r in enumerate(everything) if self._part[k] < 0 and r.id not in self.unreadable]
-        if len(everything) - len(self.records) > max_missing*len(everything):
-            raise ValueError(f"{self!r}; max_missing = {max_missing} allows {int(max_missing*len(everything))}. Give the same `mbd features` command again: it stores what is missing; or raise max_missing")
+        states = _states(self.folder, self.index)
+        self.absent = [r.id for k, r in enumerate(everything) if states[k] == _ABSENT]
+        self.unreadable = {id: why for id, why in self.unreadable.items() if states[self.number[id]] != _ABSENT}
+        self.missing = [r.id for k, r in enumerate(everything) if self._part[k] < 0 and states[k] != _ABSENT and r.id not in self.unreadable]
+        there = len(everything) - len(self.absent)
+        if there - len(self.records) > max_missing*there:
+            raise ValueError(f"{self!r}; max_missing = {max_missing} allows {int(max_missing*there)}. Give the same `mbd features` command again: it stores what is missing; or raise max_missing")
 
     def _map(self, shard):
         "Find the rows of one shard. Raises ValueError where its files are not of the size that the description says."
-        (i, n), (features, states, notes), shape = shard, _places(self.folder, self.index, shard), _shape(self.index, shard)
+        (i, n), (features, states, notes, _), shape = shard, _places(self.folder, self.index, shard), _shape(self.index, shard)
         try:
             rows, state = np.load(features, mmap_mode="r", allow_pickle=False), np.fromfile(states, np.uint8)
             self.unreadable |= {str(id): str(why) for id, why in _reasons(notes).items()}
@@ -357,7 +389,7 @@ class FeatureStore:
     def __len__(self): return len(self.records)
 
     def __repr__(self):
-        total = len(self.index["ids"])
+        total = len(self.index["ids"]) - len(self.absent)
         views = self.protocol + (f" and {self.augmented} augmented" if self.augmented else "")
         made = self.digest if self.dataset == GENERATED else f"{self.weights or 'unnamed weights'} {self.digest[:8]}"
         return f"{self.dataset}, {self.backbone} ({made}), {views}: {self.expected} videos expected, {total} found, {len(self.records)} stored, {len(self.unreadable)} unreadable, {len(self.missing)} not done; {self.size} numbers a view"
@@ -751,7 +783,8 @@ def features_command(
     workers=None, # processes that read videos; None: as in settings.ini
     root=None, # folder of the data set; None: as in settings.ini
     annotations=None, # folder of its lists; None: as in settings.ini
-    retry=False, # read videos again that were unreadable before
+    retry=False, # read videos again that were unreadable before, or whose file has another size now
+    max_failures=0.01, # fraction of the videos that may turn out unreadable
     progress=None, # called with (videos done, videos in all)
 ) -> FeatureStore: # which may still be incomplete, as long as other shards run
     "What `mbd features` does. Raises ValueError, FileNotFoundError, RuntimeError."
@@ -759,15 +792,15 @@ def features_command(
     if subset != "all" and subset not in ALL[name]: raise ValueError(f"{name} has no list {subset!r}; {settings.nearest(subset, ['all', *ALL[name]])}")
     entry, trained = find_backbone(backbone, weights)
     conf = settings.load(device=device, **({} if workers is None else {"workers": workers}))
-    root = root or conf.data.get(name)
+    root, annotations = (Path(p).expanduser() if p else known.get(name) for p, known in ((root, conf.data), (annotations, conf.annotations)))
     if root is None: raise ValueError(f"no folder is known for {name}; give --root FOLDER, or set {name} under [data] in settings.ini")
-    lists = [datasets.load(name, root, 1 if subset == "all" else split, s, annotations or conf.annotations.get(name), leave_out=False) for s in (ALL[name] if subset == "all" else [subset])]
+    lists = [datasets.load(name, root, 1 if subset == "all" else split, s, annotations, everything=True) for s in (ALL[name] if subset == "all" else [subset])]
     records, broken = [r for listed in lists for r in listed.records], {id: why for listed in lists for id, why in listed.unreadable.items()}
-    if not records: raise ValueError(f"none of {sum(d.expected for d in lists)} videos of {name} was found in {root}")
+    if not any(r.path for r in records): raise ValueError(f"none of {len(records)} videos of {name} was found in {root}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)                                      # so that random weights are the same next time
         stream = build_stream(backbone, trained.classes if trained else len(lists[0].classes), weights, file)
     output = output or (conf.file.parent if conf.file else Path("."))/"data"/"features"
     place = extract(records, stream, output, dataset=name if subset == "all" else f"{name}-{subset}{split}", classes=lists[0].classes, weights=weights, protocol=protocol, augmented=augmented, flip=lists[0].directional,
-                    shard=shard, device=conf.device, batch=batch, workers=conf.workers, retry=retry, unreadable=broken, expected=sum(d.expected for d in lists), progress=progress)
+                    shard=shard, device=conf.device, batch=batch, workers=conf.workers, retry=retry, max_failures=max_failures, unreadable=broken, progress=progress)
     return FeatureStore(place, max_missing=1.0)

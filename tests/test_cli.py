@@ -154,6 +154,15 @@ def test_prepare_hands_the_words_on(monkeypatch, capsys, tmp_path):
     assert asked["urls"] == ["https://other.example.org"] and asked["keep"] is True and "3 videos" in capsys.readouterr().out
 
 
+def test_a_configured_folder_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    from mbd import miniactions
+    miniactions.generate(tmp_path / "mini", classes=("PushUpsSlow", "PushUpsFast"), train_groups=2, test_groups=1, clips=1, workers=1)
+    monkeypatch.setenv("MBD_DATA_UCF101", str(tmp_path / "mini")), monkeypatch.setenv("MBD_DATA_HMDB51", str(tmp_path / "nowhere"))
+    assert cli.main(["data", "list", "ucf101", "hmdb51"]) != 0
+    out, err = capsys.readouterr()
+    assert "ucf101" in out and "hmdb51" not in out and str(tmp_path / "nowhere") in err and "settings.ini" in err
+
+
 @pytest.mark.parametrize("words", [[], ["data"], ["data", "list"], ["data", "prepare"], ["data", "check"], ["data", "resize"], ["features"], ["run"], ["train"], ["analyse"], ["compare"], ["predict"], ["bench"], ["bench", "data"], ["bench", "pairs"], ["bench", "inference"], ["bench", "train"], ["bench", "features"]])
 def test_help_of_everything(words, capsys):
     with pytest.raises(SystemExit) as ended: cli.main([*words, "--help"])

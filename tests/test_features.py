@@ -129,8 +129,8 @@ if place == "progress": progress = die
 else: progress = None
 import mbd.features
 part = mbd.features._Part.write
-def often(self, row, values):
-    part(self, row, values); self.flush()
+def often(self, row, values, size):
+    part(self, row, values, size); self.flush()
 if place != "write": mbd.features._Part.write = often
 torch.manual_seed(0)
 features.extract([Record(*r[:1], Path(r[1]), *r[2:], origin="tints/train1") for r in rows], build_stream("hand_cnn", 3, widths=(4, 6), temporal_kernels=(3, 3)), folder,
@@ -162,7 +162,7 @@ def test_a_video_is_never_said_to_be_done_before_its_features_are_written(record
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_size), fsync(fd))[1])
     part = features._Part
     write = part.write
-    monkeypatch.setattr(part, "write", lambda self, row, values: (write(self, row, values), events.append("data"), [f for f in [np.fromfile(self.states, np.uint8)] if f[row]] and pytest.fail("said too early"))[0])
+    monkeypatch.setattr(part, "write", lambda self, row, values, size: (write(self, row, values, size), events.append("data"), [f for f in [np.fromfile(self.states, np.uint8)] if f[row]] and pytest.fail("said too early"))[0])
     place = store(records, tmp_path)
     assert events.index("data") < len(events) - 2 and isinstance(events[-1], int) and events[-1] == 12        # the states come last
     assert len(FeatureStore(place)) == 12
@@ -326,6 +326,41 @@ def test_a_store_goes_on_after_data_check_has_found_a_broken_video(tmp_path):
     bad.path.write_bytes(whole); (mini/"unreadable.csv").unlink()
     mended = features.features_command(**ask, retry=True)
     assert len(mended) == 8 and not mended.unreadable and all(np.array_equal(mended[r.id], made[r.id]) for r in others)
+
+
+def test_a_video_that_comes_later_goes_into_the_same_store(tmp_path):
+    mini = miniactions.generate(tmp_path/"mini", classes=("PushUpsSlow", "PushUpsFast"), train_groups=3, test_groups=1, clips=1, workers=1)
+    late, *others = datasets.load("ucf101", mini).records
+    ask = dict(name="ucf101", backbone="hand_cnn", protocol="1x1", root=mini, output=tmp_path/"features", device="cpu", workers=0)
+    whole = late.path.read_bytes(); late.path.unlink()
+    first = features.features_command(**ask)
+    assert first.absent == [late.id] and not first.missing and "8 videos expected, 7 found, 7 stored, 0 unreadable, 0 not done" in repr(first)
+    assert len(FeatureStore(first.folder)) == 7                                       # nothing is lacking of what was there
+    late.path.write_bytes(whole); others[0].path.unlink()                             # one comes, one goes
+    second = features.features_command(**ask)
+    assert len(second) == 8 and not second.absent and all(np.array_equal(second[r.id], first[r.id]) for r in others)
+
+
+def test_files_of_another_size_are_not_mixed_into_a_store(records, tmp_path):
+    place = store(records, tmp_path, shard=(0, 2))
+    before = FeatureStore(place, max_missing=1.)["v02"].copy()
+    other = tmp_path/"other.mp4"
+    video.write_video(other, np.random.default_rng(1).integers(0, 255, (9, 32, 48, 3)).astype(np.uint8))
+    replaced = [replace(r, path=other) if r.id == "v02" else r for r in records]
+    for shard in ((0, 2), (1, 2), (0, 1)):
+        with pytest.raises(RuntimeError, match="1 stored videos are other files now; the first: .*other.mp4.*another output folder.*retry"): store(replaced, tmp_path, shard=shard)
+    store(replaced, tmp_path, shard=(0, 2), retry=True)
+    made = FeatureStore(store(replaced, tmp_path, shard=(1, 2)))
+    assert same(made, FeatureStore(store(replaced, tmp_path/"fresh"))) and not np.array_equal(made["v02"], before)
+
+
+def test_the_limit_of_unreadable_videos_is_of_the_whole_store_and_names_a_bad_one(records, tmp_path):
+    bad = [replace(r, path=tmp_path/"gone.mp4") if r.id == "v03" else r for r in records]
+    for shard in range(3): place = store(bad, tmp_path, shard=(shard, 3), max_failures=.09)      # one of four in its shard, one of twelve in all
+    assert set(FeatureStore(place, max_missing=.1).unreadable) == {"v03"}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="1 of 12 videos could not be read.*gone.mp4"): store(bad, tmp_path)
+    with pytest.raises(ValueError, match="shard = 0/13: there are 12 videos"): store(records, tmp_path/"b", shard=(0, 13))
 
 
 @pytest.mark.parametrize("words,what", [(dict(name="ucf11"), "did you mean 'ucf101'"), (dict(backbone="r3d"), "unknown"), (dict(subset="trian"), "did you mean 'train'"), (dict(weights="imagenet"), "weights"), (dict(protocol="3x3"), "protocol"), (dict(shard=(4, 4)), "0 <= i < n")])
