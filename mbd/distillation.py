@@ -344,13 +344,13 @@ def lesson_mask(
     student_logits: torch.Tensor, # (B, K)
     teacher_logits: torch.Tensor, # (B, K), calibrated
     labels: torch.Tensor, # (B,); -1 for a video without a label
-    only_right_teacher: bool = True, # of videos with a label, keep those on which the teacher's first choice is the label
+    only_right_teacher: bool = True, # of videos with a label, keep those on which the teacher's first choice is the label, and no tie
     student_below: float = 1.0, # of videos with a label, keep those on which the student's probability of it is below this; 1 keeps all
     sure_above: float = 0.0, # of videos without one, keep those on which the teacher's first choice has at least this probability; 0 keeps all
 ) -> torch.Tensor: # (B,), 1.0 where the lesson is worth giving
     "Which videos are worth a lesson. ValueError on labels that are no classes"
     mask, known = torch.ones(len(labels), device=student_logits.device), labels >= 0
-    if only_right_teacher: mask = mask * ((teacher_logits.argmax(1) == labels) | ~known)
+    if only_right_teacher: mask = mask * (((teacher_logits >= teacher_logits.gather(1, labels.clamp_min(0)[:, None])).sum(1) == 1) | ~known)
     if student_below < 1:
         _check_labels(labels.clamp_min(0), student_logits)
         mask = mask * ((student_logits.detach().float().softmax(1).gather(1, labels.clamp_min(0)[:, None]).squeeze(1) < student_below) | ~known)

@@ -603,7 +603,7 @@ def early_exit(
     "Accuracy and cost of stopping after the first stream where `may_stop` allows it (ours). ValueError"
     _ready(p_first, p_fused, labels)
     if len(costs) != 2 or not all(math.isfinite(c) and c > 0 for c in costs): raise ValueError(f"costs must be two positive numbers in GFLOPs (first, other stream), not {costs!r}")
-    confidence, right = p_first.max(1).values.cpu().double(), [(p.argmax(1) == labels).cpu().double() for p in (p_first, p_fused)]
+    confidence, right = p_first.max(1).values.cpu().double(), [((p >= p.gather(1, labels[:, None].long())).sum(1) == 1).cpu().double() for p in (p_first, p_fused)]      # a tie is not right
     if thresholds is None: thresholds = confidence.quantile(torch.linspace(0, 1, 49, dtype=torch.float64)).unique().tolist()
     t = torch.as_tensor(thresholds, dtype=torch.float64).flatten()
     if not torch.isfinite(t).all() or (t < 0).any(): raise ValueError(f"thresholds must be finite and >= 0, found {t.tolist()[:5]}; a threshold above 1 never stops")

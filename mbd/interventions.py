@@ -102,7 +102,7 @@ class Reordered(torch.nn.Module):
     def __init__(self,
         stream, # any stream
         order, # one of `ORDERS`
-        seed=0, # of the shuffles
+        seed=0, # of the shuffles; with it a clip's place in the batch decides, so another batch size is another draw
     ):
         super().__init__()
         if order not in ORDERS: raise ValueError(f"order {order!r} is unknown; choose from {', '.join(ORDERS)}")

@@ -69,7 +69,9 @@ class Table:
         "All rows of all processes: dicts, numbers as numbers."
         return [row for file in sorted(self.folder.glob("cells*.csv")) for row in _read(file)]
 
-    def done(self) -> set: return {tuple(str(row[k]) for k in self.key) for row in self.rows()}
+    def named(self, row) -> tuple: return tuple(_cell(row[k]) for k in self.key)      # as in the file: there 1.0 is 1
+
+    def done(self) -> set: return {self.named(row) for row in self.rows()}
 
     def add(self, **row):
         "Append one row."
@@ -101,7 +103,7 @@ def run_cells(
     "Do the cells that are not in the table yet, those of this process. An error in one of them is raised: what was finished before it is kept."
     mine, done, now = _mine(cells, table.shard), table.done(), 0
     for count, cell in enumerate(mine, 1):
-        if tuple(str(cell[k]) for k in table.key) in done: continue
+        if table.named(cell) in done: continue
         begun = time.perf_counter()
         row = work(**cell)
         table.add(**cell, **row, cell_seconds=round(time.perf_counter() - begun, 1), commit=experiment.commit())
@@ -115,22 +117,30 @@ class Contrast:
     "An arm against its controls, over seeds."
     n: int           # seeds in which all were run
     estimate: float  # mean difference to the strongest control
-    low: float       # 95 % interval
-    high: float
+    low: float       # 95 % interval of the smallest true difference: the lowest of the lower ends,
+    high: float      # and the lowest of the upper ends, each of which stands further out where there are several controls
     p: float         # two-sided, the largest over the controls
     against: str     # the strongest control, or the number
     sd: float        # of the difference between seeds
 
 # %% ../nbs/16_study.ipynb #3024e6a8
-def _student(differences, against):
-    "Student's test of a mean against 0."
+def _student(differences, against, controls=1):
+    "Student's test of a mean against 0. The upper end is that of one of so many controls (Bonferroni)."
     from scipy import stats
     d = np.asarray(differences, float); n, mean, sd = len(d), d.mean(), d.std(ddof=1)
     if sd == 0: return Contrast(n, float(mean), float(mean), float(mean), float(mean == 0), against, 0.)
-    test = stats.ttest_1samp(d, 0.); ends = test.confidence_interval(.95)
-    return Contrast(n, float(mean), float(ends.low), float(ends.high), float(test.pvalue), against, float(sd))
+    test = stats.ttest_1samp(d, 0.)
+    return Contrast(n, float(mean), float(test.confidence_interval(.95).low), float(test.confidence_interval(1 - .05/controls).high), float(test.pvalue), against, float(sd))
 
 # %% ../nbs/16_study.ipynb #b845c14c
+def _by_seed(rows, metric, name):
+    "{seed: value} of one arm."
+    seeds = [r["seed"] for r in rows]
+    if (twice := sorted({s for s in seeds if seeds.count(s) > 1})): raise ValueError(f"{name!r} has several rows of seed {twice[0]}: say which are meant (where), or delete one")
+    for r in rows:
+        if not math.isfinite(r[metric]): raise ValueError(f"{metric} of {name!r} is {r[metric]} for seed {r['seed']}: a training that diverged has no place in a mean; find out why, and say so")
+    return {r["seed"]: r[metric] for r in rows}
+
 def contrast(
     rows, # of a Table
     metric, # its column
@@ -139,16 +149,16 @@ def contrast(
     where=None, # {column: value} that a row must have
     by="arm", # the column in which arm and controls are named
 ) -> Contrast | None: # None with fewer than two seeds
-    "Paired differences over the seeds that all of them have. Raises ValueError for a column that is not there."
-    rows = [r for r in rows if all(r.get(k) == v for k, v in (where or {}).items())]
+    "Paired differences over the seeds that all of them have. Raises ValueError for a column that is not there, a second row of a seed, or a value that is no number."
+    rows = [r for r in rows if all(_cell(r.get(k)) == _cell(v) for k, v in (where or {}).items())]
     if rows and metric not in rows[0]: raise ValueError(f"there is no column {metric!r}; columns are {', '.join(rows[0])}")
-    of = lambda name: {r["seed"]: r[metric] for r in rows if r[by] == name and r[metric] is not None}
+    of = lambda name: _by_seed([r for r in rows if r[by] == name and r[metric] is not None], metric, name)
     mine = of(arm)
     others = {str(controls): dict.fromkeys(mine, controls)} if isinstance(controls, (int, float)) else {name: of(name) for name in controls}
     seeds = sorted(set(mine).intersection(*others.values()))
     if len(seeds) < 2: return None
-    found = [_student([mine[s] - other[s] for s in seeds], name) for name, other in others.items()]
-    return replace(min(found, key=lambda c: c.estimate), p=max(c.p for c in found))
+    found = [_student([mine[s] - other[s] for s in seeds], name, len(others)) for name, other in others.items()]
+    return replace(min(found, key=lambda c: c.estimate), low=min(c.low for c in found), high=min(c.high for c in found), p=max(c.p for c in found))
 
 # %% ../nbs/16_study.ipynb #63248e86
 def _power(n, effect, sd, alpha):
@@ -164,10 +174,11 @@ def seeds_needed(
     alpha=.05, # two-sided
     least=8, # fewer are never taken
 ) -> int:
-    "Seeds for a paired comparison."
+    "Seeds for a paired comparison. Raises ValueError where 10,000 are too few."
     if not effect > 0 or not sd >= 0: raise ValueError(f"effect = {effect} must be above 0 and sd = {sd} at least 0")
     n = 2
     while n < 10_000 and sd > 0 and _power(n, effect, sd, alpha) < power: n += 1
+    if n == 10_000: raise ValueError(f"effect = {effect} is too small beside sd = {sd}: 10,000 seeds would not show it; make the world clearer, or the test list longer")
     return max(n, least)
 
 # %% ../nbs/16_study.ipynb #a7321c4f

@@ -838,3 +838,10 @@ def test_an_averaged_teacher_keeps_its_kinds_of_numbers():
     with torch.no_grad(): stream.top.bias += 1
     teacher.update(stream)
     assert teacher.copy.top.bias.dtype == torch.float64 and torch.allclose(teacher.copy.top.bias, 0.75 * before + 0.25 * stream.top.bias.double())
+
+
+def test_a_tie_is_no_right_answer_of_a_teacher():
+    "A dead teacher answers every class alike; its first choice by order is class 0."
+    teacher, labels = torch.zeros(4, 3), torch.tensor([0, 1, 2, -1])
+    assert lesson_mask(torch.randn(4, 3), teacher, labels).tolist() == [0., 0., 0., 1.]
+    assert lesson_mask(torch.randn(4, 3), teacher + torch.eye(3)[0], labels).tolist() == [1., 0., 0., 1.]

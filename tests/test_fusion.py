@@ -471,3 +471,8 @@ def test_a_threshold_from_the_gate_holds_on_the_test(data):
     assert on_test.gflops[i] < 9 and on_test.accuracy[i] > on_test.accuracy[-1] - 0.05
     assert (on_test.gflops.diff() >= 0).all() and on_test.gflops[-1] == 10
     with pytest.raises(ValueError, match="tolerance must lie in 0..1, not 1.5"): on_gate.choose(1.5)
+
+
+def test_a_tie_counts_as_wrong_in_an_early_exit_too():
+    p, labels = torch.full((6, 3), 1/3), torch.zeros(6, dtype=torch.long)
+    assert early_exit(p, p, labels, (1., 2.)).accuracy.tolist() == [0.]*len(early_exit(p, p, labels, (1., 2.)).accuracy)

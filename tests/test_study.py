@@ -126,6 +126,32 @@ def test_claims_are_read_and_faults_named(tmp_path):
     with pytest.raises(ValueError, match="claims.toml, claim 'one'.*wish"): read_claims(file)
 
 
+def test_cells_with_numbers_for_names_are_found_again(tmp_path):
+    table, cells = Table(tmp_path, ("seed", "weight")), grid((1, 2), weight=(.1, 1., 1/3, 10.))
+    assert [run_cells(table, cells, lambda seed, weight: dict(top1=.5)) for _ in range(3)] == [8, 0, 0] and len(table.rows()) == 8
+    table = Table(tmp_path / "b", ("seed", "arm", "sure"))
+    for seed in (1, 2, 3): [table.add(seed=seed, arm=arm, sure=True, top1=.5 + .1*(arm == "b")*seed) for arm in "ab"]
+    assert contrast(table.rows(), "top1", "b", ["a"], where={"sure": True}).n == 3
+
+
+def test_a_contrast_refuses_rows_that_would_be_overwritten_and_values_that_are_none():
+    r = [dict(seed=s, arm=a, labelled=n, m=.1*s + .01*n*(a == "x")) for s in (1, 2, 3) for a in "xy" for n in (5, 10)]
+    with pytest.raises(ValueError, match="'x' has several rows of seed 1"): contrast(r, "m", "x", ["y"])
+    assert contrast(r, "m", "x", ["y"], where={"labelled": 10}).estimate == pytest.approx(.1)
+    r = [q | {"m": float("nan")} if (q["seed"], q["arm"]) == (2, "y") else q for q in r if q["labelled"] == 5]
+    with pytest.raises(ValueError, match="m of 'y' is nan for seed 2"): contrast(r, "m", "x", ["y"])
+
+
+def test_the_interval_against_several_controls_keeps_its_promise():
+    "Eight equally good controls: the smallest of their upper ends must not fall below the truth more often than one end of an interval may."
+    rng, below, above = np.random.default_rng(0), 0, 0
+    for _ in range(600):
+        arms = {"x": rng.normal(.01, .01, 10)} | {f"c{k}": rng.normal(0, .01, 10) for k in range(8)}
+        c = contrast([dict(seed=s, arm=a, m=float(v[s])) for a, v in arms.items() for s in range(10)], "m", "x", [a for a in arms if a != "x"])
+        below, above = below + (c.high < .01), above + (c.low > .01)
+    assert below <= 25 and above <= 25                    # 2.5 % are 15
+
+
 def test_readme_shows_the_claims_as_the_committed_cells_decide_them():
     root = Path(__file__).parents[1]
     text = (root / "README.md").read_text(encoding="utf-8")
