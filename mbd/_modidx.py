@@ -922,6 +922,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbd.prediction._joined': ('prediction.html#_joined', 'mbd/prediction.py'),
                                 'mbd.prediction._notes': ('prediction.html#_notes', 'mbd/prediction.py'),
                                 'mbd.prediction._tables': ('prediction.html#_tables', 'mbd/prediction.py'),
+                                'mbd.prediction._when': ('prediction.html#_when', 'mbd/prediction.py'),
                                 'mbd.prediction.attention_rollout': ('prediction.html#attention_rollout', 'mbd/prediction.py'),
                                 'mbd.prediction.decided': ('prediction.html#decided', 'mbd/prediction.py'),
                                 'mbd.prediction.demo_model': ('prediction.html#demo_model', 'mbd/prediction.py'),

@@ -230,7 +230,7 @@ class Checkpoints:
         if found is None and (left := _entries(self.folder, stage)):
             raise CheckpointError(f"{self.folder}: all {len(left)} checkpoints of stage {stage!r} are damaged, the newest is {left[0].file.name}. Bring back a copy of one, or delete them to begin the stage anew")
         if found and (odd := _differences(found[1], fingerprint)):
-            raise CheckpointError(f"{self.folder}: the checkpoints of stage {stage!r} are of another training: {odd}. Give another folder, or delete this one")
+            raise CheckpointError(f"{self.folder}: the checkpoints of stage {stage!r} are of another training: {odd}. Give another folder, or delete this one; a run begins anew with resume = False")
         return found and found[0]
 
     def best(self, stage): # Checkpoint, or None where none had a score

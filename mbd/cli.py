@@ -346,7 +346,7 @@ def _execute(name, file, given):
     import logging, papermill
     from datetime import datetime
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    reports = Path(given.get("reports") or settings.load().reports)
+    reports = Path(given.get("reports") or settings.load().reports).expanduser()
     reports.mkdir(parents=True, exist_ok=True)
     kept, error = reports/f"run_{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.ipynb", ""
     try: papermill.execute_notebook(str(file), str(kept), parameters=given, log_output=True, progress_bar=False)

@@ -183,7 +183,7 @@ COMMON = (
     Parameter("also", str, None, "a second protocol, for the same model with the same map and fusions", choices=("none", *PROTOCOLS)),
     Parameter("map_on_val", bool, None, "cut map and gate from the validation list, and test on its other half: for weights that have seen the training list"),
     Parameter("augmentation", str, None, "how far training clips are varied", choices=tuple(AUGMENTATIONS)),
-    Parameter("read", str, None, "where frames come from: decoded once into memory, or from the files each time", choices=("memory", "files")),
+    Parameter("read", str, None, "where frames come from: decoded once into memory, or from the files each time; None: the files of real data, else as in the preset", choices=("memory", "files")),
     Parameter("max_failures", float, 0.01, "fraction of the videos that may turn out unreadable before the run ends", low=0.0, high=1.0),
     Parameter("warm_up_epochs", int, None, "stage 1, each stream alone", "epochs", low=1, high=1000),
     Parameter("distil_epochs", int, None, "stage 3, with distillation", "epochs", low=0, high=1000),
@@ -493,7 +493,11 @@ def _fill(values, experiment, settings, device) -> SimpleNamespace:
     "Replace what is None by the preset's and the settings' values. Raises ParameterError where they cannot be, or not together."
     preset = experiment.presets[values["preset"]]
     known = {**preset, "precision": settings.precision, "workers": settings.workers, "reports": str(settings.reports)}
+    if values["data"] == "real":
+        known["read"] = "files"  # whole videos of a benchmark take more memory than those that are generated
     values = {n: known.get(n) if v is None or (n, v) == ("precision", "auto") else v for n, v in values.items()} | {"device": device}
+    for name in {"reports", "local_weights", "global_weights"} & set(values):
+        values[name] = values[name] and str(Path(values[name]).expanduser())
     _check_generated(values)
     _check_map(values, experiment)
     _check_means(values, device)
@@ -1002,7 +1006,9 @@ def parameters_of(
     settings=None,  # mbd.settings.Settings; None: load them
 ) -> tuple:
     "All values of a run as a namespace, in words why preset and data were chosen, and the settings in force. Raises ParameterError; nothing is written."
-    values = check_parameters(given, experiment)
+    values, experiment = check_parameters(given, experiment), find_experiment(experiment)
+    if "dataset" in values:
+        experiment = replace(experiment, data_name=values["dataset"])
     if settings is None:
         from mbd import settings as kit
 
@@ -1057,7 +1063,7 @@ def read_runs(
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             record["status"] = effective_status(record)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             record = {"status": "unreadable", "reason": f"{type(error).__name__}: {error}"}
         runs.append({**record, "folder": path.parent})
     return runs
@@ -1082,7 +1088,7 @@ def summary(
     lines = [f"{record['experiment']}, {'GENERATED DATA, ' if generated else ''}{data['name']}, split {data['split']}, {data['test']['found']} of {data['test']['expected']} test videos" + (f", {data['labelled']} labels a class" if data.get("labelled") else "")]
     lines += [f"  {name.replace('_', ' '):14} {percent([value, *record['top1_interval'].get(name, [])])}" for name, value in record["top1"].items()]
     lines.append(f"  adaptive minus best baseline ({record.get('best_baseline', 'unnamed')}, chosen on gate): {percent(record['adaptive_minus_best_baseline']).strip()} points")
-    if record["control"]:
+    if (record["control"] or {}).get("top1"):
         lines.append(f"  control ({record['control']['kind']}): " + ", ".join(f"{n} {100 * v:.1f}" for n, v in record["control"]["top1"].items()))
     memory = record["cost"]["peak_memory_gib"]
     lines.append(f"protocol: {describe_protocol(record['protocol'])}")

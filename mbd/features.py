@@ -564,6 +564,7 @@ def run_schedule(
     options = dict(log=log, progress=progress)
     rows = training.train(model, data["fit"], replace(warm_up, seed=seed), "warm-up", **options)
     training.measure_map(model, data["map"], seed, batch_size=1000)
+    if teach is not None and teach.lesson == "fused": training.fit_fusions(model, data["gate"], [], batch_size=1000)      # it is the teacher
     first_map, alone = model.map, copy.deepcopy(model) if control else None
     rows += training.train(model, data["fit"], replace(distil, seed=seed + 1), "distil", teach, **options)
     if control: rows += training.train(alone, data["fit"], replace(distil, seed=seed + 1), "control", **options)

@@ -9,6 +9,7 @@ __all__ = ['DEMO_CLASSES', 'DEMO_VIDEOS', 'DEMO_DIFFICULTY', 'DEMO_EPOCHS', 'SPR
 
 # %% ../nbs/15_prediction.ipynb #15a00003
 import csv, json, time
+from datetime import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -348,8 +349,13 @@ def pretrained_model(
     return model
 
 # %% ../nbs/15_prediction.ipynb #15a0005c
+def _when(text):
+    "Seconds of an ISO time, wherever its clock stood; the beginning of time where it is none."
+    try: return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError): return 0.
+
 def find_model(
-    folder=None, # a checkpoint, or the folder of a run; None: the newest complete run in the reports
+    folder=None, # a checkpoint, or the folder of a run; None: the newest complete run in the reports that was trained on videos
     reports=None, # folder of the reports; None: as in settings.ini
 ) -> Path: # a checkpoint
     "Where the model is. Raises FileNotFoundError saying what to do."
@@ -361,7 +367,7 @@ def find_model(
         if not (path.parent/"checkpoints/model/config.json").is_file(): continue
         try: record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError): continue
-        if isinstance(record, dict) and record.get("status") == "complete": made.append((str(record.get("ended")), path.parent/"checkpoints/model"))
+        if isinstance(record, dict) and record.get("status") == "complete" and record.get("experiment") != "features": made.append((_when(record.get("ended")), path.parent/"checkpoints/model"))
     if not made: raise FileNotFoundError(f"no complete run with a model in {reports}: give a model's folder, make one (mbd run ucf101, or mbd.prediction.demo_model()), or take a pretrained pair (--pair pretrained)")
     return max(made)[1]
 

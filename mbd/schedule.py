@@ -129,9 +129,8 @@ class _Built(_Found):
 class _Planned(_Built):
     "And the plan."
     def _kept(self):
-        "(short side, frames at most) of videos that stay in memory; None where they are read from the files."
-        views = self.model.local_view, self.model.global_view
-        if self.p.read == "memory": return max(64, round(max(view.size for view in views)/.875)), None if self.run.generated or views[0].seconds else 2*views[0].frames
+        "(short side, frames at most) of videos that stay in memory, all of them; None where they are read from the files."
+        if self.p.read == "memory": return max(64, round(max(view.size for view in (self.model.local_view, self.model.global_view))/.875)), None
 
     @_step(after="build")
     def plan(self):
@@ -204,7 +203,9 @@ class _Taught(_Read):
     def warm_up(self):
         "Stage 1, each stream on the labels; stage 2, the map."
         self._train("warm-up", self.model, self.p.warm_up_epochs, self.p.learning_rate, self.p.seed)
-        with self.run.stage("map"): self._map(self.model, "warm-up")
+        with self.run.stage("map"):
+            self._map(self.model, "warm-up")
+            if self.teach is not None and self.teach.lesson == "fused": training.fit_fusions(self.model, self.data["gate"], names=[], **self.reading, stage="gate-warm-up")      # it is the teacher
 
     @_step(after="warm_up")
     def distil(self):

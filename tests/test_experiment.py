@@ -519,6 +519,23 @@ def test_summary_says_what_the_numbers_come_from(start):
     assert all(w in words for w in ("90.0  [80.0, 100.0]", "control (equal steps): adaptive 90.0", "protocol: 1 clip x 1 crop", "seed 0, commit"))
 
 
+def test_a_run_without_a_control_has_a_summary(start):
+    for control in (None, {"kind": "none"}): assert "control" not in ex.summary(start().complete(**result() | {"control": control}))
+
+
+def test_runs_on_stored_features_ask_for_the_data_set_they_name(tmp_path):
+    chosen, _, _ = ex.parameters_of("features", {"preset": "full", "dataset": "hmdb51", "local_store": "a", "global_store": "b", "features": "f"}, settings(tmp_path, data={"hmdb51": tmp_path}))
+    assert (chosen.data, chosen.dataset) == ("real", "hmdb51")
+    with pytest.raises(ex.ParameterError, match="no folder is configured for hmdb51"): ex.parameters_of("features", {"preset": "full", "dataset": "hmdb51"}, settings(tmp_path, data={"ucf101": tmp_path}))
+
+
+def test_real_videos_are_read_from_their_files_unless_asked_otherwise_and_home_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    of = lambda **given: ex.parameters_of("ucf101", {"preset": "mini"} | given, settings(tmp_path, data={"ucf101": tmp_path}))[0]
+    assert [of(data=data).read for data in ("generated", "real")] == ["memory", "files"] and of(data="real", read="memory").read == "memory"
+    assert of(reports="~/runs").reports == str(tmp_path / "runs")
+
+
 # ---- a notebook under papermill
 
 def execute(tmp_path, cells, parameters=None):

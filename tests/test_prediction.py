@@ -436,6 +436,11 @@ def test_finding_a_model(tmp_path):
         (run / "result.json").write_text(json.dumps({"schema": 1, "status": status, "ended": ended}))
         if name != "without": model.save(run / "checkpoints/model")
     assert find_model(reports=tmp_path) == tmp_path / "ucf101-generated/new/checkpoints/model"
+    for name, experiment, ended in (("stores", "features", "2026-05-01T00:00:00"), ("east", "ucf101", "2026-02-01T01:00:00+02:00")):      # its streams see no videos; earlier than new, though its clock shows more
+        run = tmp_path / "others" / name; model.save(run / "checkpoints/model")
+        (run / "result.json").write_text(json.dumps({"schema": 1, "status": "complete", "ended": ended, "experiment": experiment}))
+    (tmp_path / "ucf101-generated/new/result.json").write_text(json.dumps({"schema": 1, "status": "complete", "ended": "2026-02-01T00:00:00+00:00"}))
+    assert find_model(reports=tmp_path) == tmp_path / "ucf101-generated/new/checkpoints/model"
     assert find_model(tmp_path / "ucf101-generated/old") == tmp_path / "ucf101-generated/old/checkpoints/model" and MBD.load(find_model(tmp_path / "ucf101-generated/old")).classes == CLASSES
 
 

@@ -243,3 +243,19 @@ def test_too_few_or_too_many_labels_are_refused_in_words(settings, labelled, wor
 def test_labels_of_the_validation_list_are_not_passed_over_in_silence(settings):
     with pytest.raises(ParameterError, match="labelled = 4: with map_on_val"): experiment.start("kinetics400", LABELS | dict(test_videos=120), settings)
     assert experiment.start("kinetics400", LABELS | dict(test_videos=120, map_on_val=False), settings).parameters.labelled == 4
+
+
+def test_all_frames_stay_in_memory_whatever_the_data(settings):
+    s = go(settings, seed=6).find().build()
+    s.run = SimpleNamespace(generated=False)
+    assert s._kept()[1] is None              # thinned out, a view with a stride would see another speed than the record says
+
+
+def test_where_the_fusion_teaches_it_is_the_fitted_one(settings, monkeypatch):
+    taught, inner = [], training.train
+    def train(model, *given, **more):
+        if given[2] == "distil": taught.append(type(model.fusion).__name__)
+        return inner(model, *given, **more)
+    monkeypatch.setattr(training, "train", train)
+    s = go(settings, seed=7, lesson="fused", arm="both", intermediate_weight=0., control=False).find().build().plan().read().warm_up().distil()
+    assert taught == ["AdaptiveFusion"]
