@@ -296,9 +296,17 @@ def _fusions(k, logit_share):
     "Fusions of chapter 11 by name, not fitted."
     made = {"mean": FUSIONS["MeanFusion"](), "scalar": FUSIONS["ScalarFusion"](), "class": FUSIONS["ClassFusion"](k), "entropy": FUSIONS["EntropyFusion"]()}
     if k <= STACKING_UP_TO: made["stacking"] = FUSIONS["StackingFusion"](k)
-    return made | {"gate": FUSIONS["GateFusion"](k), "adaptive": FUSIONS["AdaptiveFusion"](logit_share)}
+    return made | {"gate": FUSIONS["GateFusion"](k), "adaptive": FUSIONS["AdaptiveFusion"](logit_share, apart=True)}
 
 # %% ../nbs/analyse.ipynb #d65dbc0b
+def _judged(adaptive, p, y, fit):
+    "The adaptive fusion with a map of the videos it was fitted on: one that has not seen those that choose."
+    truth = [table[fit].gather(1, y[fit, None])[:, 0].clamp_min(1e-12).log() for table in p]
+    shares, _, _ = class_share(share(*truth), torch.maximum(*truth).exp(), y[fit], p[0].shape[1])
+    made = FUSIONS["AdaptiveFusion"](torch.logit(shares, eps=1e-6))
+    made.slope, made.bias = adaptive.slope, adaptive.bias
+    return made
+
 def _fit_fold(pair, sample, temperatures, logit_share, seed):
     "Fusions fitted on three quarters of the sample, and the names chosen on the fourth."
     y, chooses = torch.from_numpy(pair.labels[sample]), source_folds(pair.labels[sample], pair.sources[sample], 4, seed) == 0
@@ -306,7 +314,7 @@ def _fit_fold(pair, sample, temperatures, logit_share, seed):
     fusions, fit = _fusions(len(pair.classes), logit_share), ~chooses
     for fusion in fusions.values(): fusion.fit(p[0][fit], p[1][fit], y[fit], sources=pair.sources[sample][fit.numpy()].tolist())
     mine = [table[chooses] for table in p]
-    answers = dict(zip(("a", "b"), mine)) | {name: fusion(*mine) for name, fusion in fusions.items()}
+    answers = dict(zip(("a", "b"), mine)) | {name: fusion(*mine) for name, fusion in fusions.items()} | {"adaptive": _judged(fusions["adaptive"], p, y, fit)(*mine)}
     best = lambda names: choose_baseline({n: answers[n] for n in names if n in answers}, y[chooses])
     return fusions, {"better model": best("ab"), "best baseline": best(["a", "b", *BASELINES]), "best fusion": best(list(fusions))}
 

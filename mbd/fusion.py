@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dominance import source_folds
+from .dominance import class_share, share, source_folds
 
 # %% ../nbs/11_fusion.ipynb #ef49a53d
 def _checked_pair(p_local, p_global, num_classes=None):
@@ -152,11 +152,12 @@ class AdaptiveFusion(MeanFusion):
 
     def __init__(self,
         logit_share: torch.Tensor, # (K,) `DominanceMap.logit_share`; kept as a buffer, so zeros do before `load_state_dict`
+        apart: bool = False, # was the map measured on the very videos that will be fitted on? Then the fit takes shares of other folds of their sources
     ):
         super().__init__()
         if logit_share.ndim != 1 or not torch.isfinite(logit_share).all(): raise ValueError(f"logit_share must be a finite vector (K,), not of shape {tuple(logit_share.shape)}")
         self.register_buffer("logit_share", logit_share.detach().clone().float())
-        self.config = {"num_classes": len(logit_share)}
+        self.config, self.apart = {"num_classes": len(logit_share)}, apart
         self.register_buffer("slope", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -172,17 +173,27 @@ class AdaptiveFusion(MeanFusion):
         _checked_pair(p_local, p_global, len(self.logit_share))
         return (p_local + p_global) / 2 @ self.logit_share.to(p_local)
 
+    def _evidence_apart(self, l, g, y, sources):
+        "The evidence of each video by shares that the other folds of sources give"
+        log_l, log_g = (p.gather(1, y[:, None])[:, 0].clamp_min(1e-12).log() for p in (l, g))
+        videos, weights, fold, out = share(log_l, log_g), torch.maximum(log_l, log_g).exp(), source_folds(y, list(sources), 5), torch.zeros_like(log_l)
+        for f in fold.unique():
+            held = fold == f
+            shares, _, _ = class_share(videos[~held], weights[~held], y[~held], l.shape[1])
+            out[held] = ((l + g) / 2)[held] @ torch.logit(shares, eps=1e-6)
+        return out
+
     @torch.inference_mode(False)
     def fit(self,
         p_local: torch.Tensor, # (N, K) calibrated probabilities on `gate`
         p_global: torch.Tensor, # (N, K)
         labels: torch.Tensor, # (N,)
-        sources=None, # N names; not used
+        sources=None, # N names, where the map was measured on these videos
         strength: float = 0.1, # pull of the weights to those of slope 1, bias 0: a normal prior of variance 1 / strength on their log-odds, in the mean over the videos
     ):
         "Fit slope and bias by NLL in float64; returns itself. ValueError on an empty gate, NaN, labels out of range"
         l, g, y = _ready(p_local, p_global, labels, sources, len(self.logit_share))
-        evidence = self.evidence(l, g)
+        evidence = self._evidence_apart(l, g, y, sources) if self.apart else self.evidence(l, g)
         slope, bias = _fit(lambda t: t[0] * evidence + t[1], l, g, y, [[1.0, 0.0], [0.0, 0.0], [5.0, 0.0]], strength)
         _set(self, slope=slope, bias=bias)
         return self

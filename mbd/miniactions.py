@@ -364,11 +364,15 @@ def _drop_lists(folder):
 
 def _write_lists(folder, texts):
     "Put all lists in place at once, unless they are there."
-    if all((folder/name).is_file() and (folder/name).read_bytes() == text.encode() for name, text in texts.items()): return
+    there = lambda: all((folder/name).is_file() and (folder/name).read_bytes() == text.encode() for name, text in texts.items())
+    if there(): return
     _drop_lists(folder)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part"); part.mkdir()
     for name, text in texts.items(): (part/name).write_bytes(text.encode())
-    os.replace(part, folder)
+    try: os.replace(part, folder)
+    except OSError:                                                    # another process was faster
+        shutil.rmtree(part, ignore_errors=True)
+        if not there(): raise
 
 # %% ../nbs/04_miniactions.ipynb #8dd9b5ef
 def _work(folder, shard, shards, parent):

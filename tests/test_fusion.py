@@ -476,3 +476,14 @@ def test_a_threshold_from_the_gate_holds_on_the_test(data):
 def test_a_tie_counts_as_wrong_in_an_early_exit_too():
     p, labels = torch.full((6, 3), 1/3), torch.zeros(6, dtype=torch.long)
     assert early_exit(p, p, labels, (1., 2.)).accuracy.tolist() == [0.]*len(early_exit(p, p, labels, (1., 2.)).accuracy)
+
+
+def test_a_map_of_the_gate_itself_is_not_followed_where_it_shows_nothing():
+    "Two streams that are alike in every class; each video has a say in the share of its own class."
+    slopes = {False: [], True: []}
+    for seed in range(4):
+        draw, y = torch.Generator().manual_seed(seed), torch.arange(30).repeat_interleave(8)
+        p, q = ((2 * (torch.randn(240, 30, generator=draw) + (1.6 + 1.2*torch.randn(240, 1, generator=draw)) * F.one_hot(y, 30))).softmax(1) for _ in range(2))
+        m = measure(p.log(), q.log(), y, [str(i) for i in range(240)], [str(k) for k in range(30)], resamples=50)
+        for apart in slopes: slopes[apart].append(float(AdaptiveFusion(m.logit_share, apart).fit(p, q, y, sources=[str(i) for i in range(240)]).slope))
+    assert min(slopes[False]) > 2 and sum(slopes[True])/4 < 1.5

@@ -564,3 +564,15 @@ if __name__ == "__main__":
     kept = json.loads(REFERENCE.read_text()) if REFERENCE.exists() else {}
     kept[str(mini.VERSION)] = {name: coarse(render(Spec(), name, 1, 1)) for name in CLASSES}
     REFERENCE.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
+
+
+def test_lists_that_another_process_has_just_put_there_are_taken(tmp_path, monkeypatch):
+    "Two runs that make the same set end at the same moment."
+    texts, replace = {"a.txt": "one\n", "b.txt": "two\n"}, os.replace
+    def late(source, target):
+        if Path(target).name == "lists" and not Path(target).exists():
+            Path(target).mkdir(); [(Path(target) / n).write_text(t) for n, t in texts.items()]
+        return replace(source, target)
+    monkeypatch.setattr(os, "replace", late)
+    mini._write_lists(tmp_path / "lists", texts)
+    assert {f.name: f.read_text() for f in (tmp_path / "lists").iterdir()} == texts and [p.name for p in tmp_path.iterdir()] == ["lists"]
