@@ -127,12 +127,16 @@ def teaching(
 ) -> Distillation:
     "How the streams teach each other in this run. Raises ParameterError where values do not go together."
     names = {p.name: p.name.removeprefix("teach_") for p in TEACHING}
-    if parameters.intermediate == "relation" and parameters.intermediate_weight > 0 and parameters.batch_size // getattr(parameters, "accumulate", 1) < 3:
-        raise ParameterError(f"batch_size = {parameters.batch_size}, accumulate = {getattr(parameters, 'accumulate', 1)}: intermediate = relation compares the clips of a piece of a batch and needs 3; raise batch_size, lower accumulate, or set intermediate = logit")
+    teaches, pieces = parameters.arm != "none", getattr(parameters, "accumulate", 1)
+    if teaches and parameters.intermediate == "relation" and parameters.intermediate_weight > 0 and parameters.batch_size // pieces < 3:
+        about, remedy = (f", accumulate = {pieces}", " lower accumulate,") if hasattr(parameters, "accumulate") else ("", "")
+        raise ParameterError(f"batch_size = {parameters.batch_size}{about}: intermediate = relation compares the clips of a piece of a batch and needs 3; raise batch_size,{remedy} or set intermediate = logit")
+    if teaches and parameters.final_weight == parameters.intermediate_weight == 0:
+        raise ParameterError(f"arm = {parameters.arm}, but final_weight and intermediate_weight are 0: nothing would be taught; raise one, or set arm = none")
     try:
         return Distillation(**{field: getattr(parameters, name) for name, field in names.items()})
     except ValueError as error:
-        raise ParameterError(str(error)) from None
+        raise ParameterError(re.sub(r"\b(warm_up|fade)\b", r"teach_\1", str(error))) from None
 
 # %% ../nbs/16_experiment.ipynb #17328a1a
 RECIPE = (

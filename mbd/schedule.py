@@ -90,7 +90,11 @@ class _Found:
         tested = "validation" if "validation" in datasets.READERS[name][2] else "test"      # Kinetics-400 and Something-Something V2 report on it
         self.lists = {part: datasets.load(name, self.folder, p.split, subset, annotations) for part, subset in [("train", "train"), ("test", tested)]}
         chosen = [experiment.subset(self.lists[part].records, 0 if self.run.generated else count, p.seed) for part, count in [("train", p.train_videos), ("test", p.test_videos)]]
-        self.parts = _parts(*chosen, p.map_on_val, p.seed, p.labelled)
+        try: self.parts = _parts(*chosen, p.map_on_val, p.seed, p.labelled)
+        except ParameterError: raise
+        except ValueError as error:
+            few = "test_videos" if p.map_on_val else "train_videos"
+            raise ParameterError(f"{few} = {getattr(p, few)}: of {len(self.lists['train'].classes)} classes, {error}; raise it, or set 0 for all") from None
         if self.teach.arm == "none": self.parts.pop("unlabelled", None)      # nobody speaks about them
         self.left_out = sum(map(len, chosen)) - sum(map(len, self.parts.values()))
         self.classes, self.records = self.lists["test"].classes, {r.id: r for part in self.parts.values() for r in part}

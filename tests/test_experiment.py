@@ -529,6 +529,16 @@ def test_runs_on_stored_features_ask_for_the_data_set_they_name(tmp_path):
     with pytest.raises(ex.ParameterError, match="no folder is configured for hmdb51"): ex.parameters_of("features", {"preset": "full", "dataset": "hmdb51"}, settings(tmp_path, data={"ucf101": tmp_path}))
 
 
+@pytest.mark.parametrize("name,given,words", [("ucf101", dict(final_weight=0., intermediate_weight=0.), "nothing would be taught.*arm = none"), ("ucf101", dict(teach_warm_up=.7, teach_fade=.7), "teach_warm_up = 0.7 and teach_fade"),
+                                              ("features", dict(batch_size=2), "raise batch_size, or set intermediate")])
+def test_what_teaches_nothing_or_names_no_parameter_is_refused(tmp_path, name, given, words):
+    with pytest.raises(ex.ParameterError, match=words): ex.parameters_of(name, {"preset": "smoke"} | given, settings(tmp_path))
+
+
+def test_who_is_taught_nothing_needs_no_clips_to_compare(tmp_path):
+    assert ex.parameters_of("ucf101", {"preset": "smoke", "arm": "none", "batch_size": 2}, settings(tmp_path))[0].batch_size == 2
+
+
 def test_real_videos_are_read_from_their_files_unless_asked_otherwise_and_home_is_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
     of = lambda **given: ex.parameters_of("ucf101", {"preset": "mini"} | given, settings(tmp_path, data={"ucf101": tmp_path}))[0]

@@ -259,3 +259,9 @@ def test_where_the_fusion_teaches_it_is_the_fitted_one(settings, monkeypatch):
     monkeypatch.setattr(training, "train", train)
     s = go(settings, seed=7, lesson="fused", arm="both", intermediate_weight=0., control=False).find().build().plan().read().warm_up().distil()
     assert taught == ["AdaptiveFusion"]
+
+
+def test_too_few_videos_for_three_parts_name_the_parameter(settings, monkeypatch):
+    from mbd import schedule
+    monkeypatch.setattr(schedule.experiment, "subset", lambda records, *given: [r for r in records if r.source == records[0].source] + records[-2:])
+    with pytest.raises(ParameterError, match="train_videos = 40: of 10 classes.*3 parts need.*set 0 for all"): go(settings, seed=8).find()
