@@ -662,7 +662,7 @@ def _how(found):
             f"(of at most {r['fitted_on_at_most']:,} videos drawn at random), <i>better model</i>, <i>best baseline</i> and <i>best fusion</i> chosen on the fourth quarter. {unit} "
             f"The share of a video is p<sub>a</sub>/(p<sub>a</sub>+p<sub>b</sub>) of the true class, a being {a} and b {b}; a class's share is the mean weighted by the larger of the two, "
             "pulled to the overall mean as by four videos; a class leans to a model when its interval excludes the overall mean. NLL: negative log-likelihood. "
-            "Oracle: either model is right. The map, the temperatures shown and the classes' groups are of all videos.")
+            "Oracle: either model is right. The map, the temperatures shown and the classes' groups are of all videos. Within a group one model is ahead in part because that is how the group was found: its lead there is no evidence that classes lean.")
 
 # %% ../nbs/analyse.ipynb #cb8fee99
 def page(
