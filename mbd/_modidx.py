@@ -572,6 +572,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbd.features._fill': ('features.html#_fill', 'mbd/features.py'),
                               'mbd.features._finish': ('features.html#_finish', 'mbd/features.py'),
                               'mbd.features._generated_index': ('features.html#_generated_index', 'mbd/features.py'),
+                              'mbd.features._in_part': ('features.html#_in_part', 'mbd/features.py'),
                               'mbd.features._key': ('features.html#_key', 'mbd/features.py'),
                               'mbd.features._other_files': ('features.html#_other_files', 'mbd/features.py'),
                               'mbd.features._parts': ('features.html#_parts', 'mbd/features.py'),

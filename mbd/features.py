@@ -266,6 +266,11 @@ def _states(folder, index):
     return state
 
 # %% ../nbs/14_features.ipynb #cb6f8cc0
+def _in_part(folder, index, shard, number):
+    "Is a video stored in this very part?"
+    states = _places(folder, index, shard)[1]
+    return states.exists() and np.fromfile(states, np.uint8)[number // shard[1]] == _DONE
+
 def _bytes(record):
     "Size of a video's file; 0 where it cannot be told."
     try: return os.stat(record.path).st_size if record.path else 0
@@ -289,6 +294,8 @@ def _fill(place, index, records, stream, shard, view, flip, augment, seed, devic
     if other and not retry:
         k, was = other[0]
         raise KitError(f"{len(other)} stored videos are other files now; the first: {records[k].path} ({_bytes(records[k]):,} bytes, {was:,} when it was stored). Two versions of a data set are never mixed: name another output folder, or store those anew (retry), each shard its own")
+    if (elsewhere := [k for k, _ in other if k % n == i and not _in_part(place, index, shard, k)]):
+        raise KitError(f"{records[elsewhere[0]].path} and {len(elsewhere) - 1} more were stored in another number of shards, whose rows are read first: ask for that number, or delete {place}")
     states[[k for k, _ in other]] = _TODO
     states[(states == _ABSENT) | (retry & (states == _UNREADABLE))] = _TODO
     own, there = range(i, len(records), n), sum(r.path is not None for r in records)

@@ -352,6 +352,7 @@ def test_files_of_another_size_are_not_mixed_into_a_store(records, tmp_path):
     store(replaced, tmp_path, shard=(0, 2), retry=True)
     made = FeatureStore(store(replaced, tmp_path, shard=(1, 2)))
     assert same(made, FeatureStore(store(replaced, tmp_path/"fresh"))) and not np.array_equal(made["v02"], before)
+    with pytest.raises(RuntimeError, match="v02.mp4 and 0 more were stored in another number of shards"): store(records, tmp_path, retry=True)
 
 
 def test_the_limit_of_unreadable_videos_is_of_the_whole_store_and_names_a_bad_one(records, tmp_path):
