@@ -659,6 +659,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbd.fusion._entropy': ('fusion.html#_entropy', 'mbd/fusion.py'),
                             'mbd.fusion._fit': ('fusion.html#_fit', 'mbd/fusion.py'),
                             'mbd.fusion._log_linear_pool': ('fusion.html#_log_linear_pool', 'mbd/fusion.py'),
+                            'mbd.fusion._logit_share': ('fusion.html#_logit_share', 'mbd/fusion.py'),
                             'mbd.fusion._minimise': ('fusion.html#_minimise', 'mbd/fusion.py'),
                             'mbd.fusion._mix_features': ('fusion.html#_mix_features', 'mbd/fusion.py'),
                             'mbd.fusion._pulled_regression': ('fusion.html#_pulled_regression', 'mbd/fusion.py'),

@@ -20,7 +20,7 @@ from . import plots
 from .dominance import DominanceMap, class_share, fit_temperature, groups, share, share_interval, source_folds
 from .evaluation import agreement, by_group, choose_baseline, intervals
 from .experiment import commit, versions, write_atomic, write_json
-from .fusion import FUSIONS, early_exit
+from .fusion import FUSIONS, _logit_share, early_exit
 
 # %% ../nbs/analyse.ipynb #7eb97c96
 class PredictionError(ValueError):
@@ -301,9 +301,7 @@ def _fusions(k, logit_share):
 # %% ../nbs/analyse.ipynb #d65dbc0b
 def _judged(adaptive, p, y, fit):
     "The adaptive fusion with a map of the videos it was fitted on: one that has not seen those that choose."
-    truth = [table[fit].gather(1, y[fit, None])[:, 0].clamp_min(1e-12).log() for table in p]
-    shares, _, _ = class_share(share(*truth), torch.maximum(*truth).exp(), y[fit], p[0].shape[1])
-    made = FUSIONS["AdaptiveFusion"](torch.logit(shares, eps=1e-6))
+    made = FUSIONS["AdaptiveFusion"](_logit_share(p[0][fit], p[1][fit], y[fit]))
     made.slope, made.bias = adaptive.slope, adaptive.bias
     return made
 

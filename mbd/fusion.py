@@ -146,6 +146,12 @@ class ScalarFusion(MeanFusion):
         return torch.sigmoid(self.bias).to(p_local).expand(len(p_local))
 
 # %% ../nbs/11_fusion.ipynb #c40d4c4a
+def _logit_share(p_local, p_global, labels):
+    "Log-odds of the share of each class (K,) by these videos alone, as `DominanceMap.logit_share`"
+    truth = [p.gather(1, labels[:, None])[:, 0].clamp_min(1e-12).log() for p in (p_local, p_global)]
+    shares, _, _ = class_share(share(*truth), torch.maximum(*truth).exp(), labels, p_local.shape[1])
+    return torch.logit(shares, eps=1e-6)
+
 class AdaptiveFusion(MeanFusion):
     "A weight for each video, w = sigmoid(slope E_p[logit share] + bias), p the mean prediction (P5; the formula is ours); two numbers are fitted"
     fitted_parameters = 2
@@ -175,12 +181,10 @@ class AdaptiveFusion(MeanFusion):
 
     def _evidence_apart(self, l, g, y, sources):
         "The evidence of each video by shares that the other folds of sources give"
-        log_l, log_g = (p.gather(1, y[:, None])[:, 0].clamp_min(1e-12).log() for p in (l, g))
-        videos, weights, fold, out = share(log_l, log_g), torch.maximum(log_l, log_g).exp(), source_folds(y, list(sources), 5), torch.zeros_like(log_l)
+        fold, out = source_folds(y, list(sources), 5), torch.zeros_like(l[:, 0])
         for f in fold.unique():
             held = fold == f
-            shares, _, _ = class_share(videos[~held], weights[~held], y[~held], l.shape[1])
-            out[held] = ((l + g) / 2)[held] @ torch.logit(shares, eps=1e-6)
+            out[held] = ((l + g) / 2)[held] @ _logit_share(l[~held], g[~held], y[~held])
         return out
 
     @torch.inference_mode(False)

@@ -212,16 +212,18 @@ def test_order_chunks_and_copies_change_nothing(two, tmp_path, monkeypatch):
 
 def test_nothing_is_fitted_or_chosen_on_the_videos_it_answers(two, monkeypatch):
     folder, sim, _ = two
-    fitted, held, maps = [], [], []
+    fitted, held, maps, judged = [], [], [], []
     def fit(pair, sample, *rest): fitted.append(set(pair.sources[sample])); return FIT(pair, sample, *rest)
     def answer(pair, index, *rest): held.append(set(pair.sources[index])); return ANSWER(pair, index, *rest)
     def mapped(s, w, labels, k, *rest, **more): maps.append(len(s)); return class_share(s, w, labels, k, *rest, **more)
     FIT, ANSWER = A._fit_fold, A._answer_fold
     monkeypatch.setattr(A, "_fit_fold", fit); monkeypatch.setattr(A, "_answer_fold", answer); monkeypatch.setattr(A, "class_share", mapped)
+    inner = A._logit_share
+    monkeypatch.setattr(A, "_logit_share", lambda p, q, y: judged.append(len(y)) or inner(p, q, y))
     A.analyse(folder / "a.npz", folder / "b.npz", folds=2, most=100)
     assert len(fitted) == len(held) == 2 and not any(f & h for f, h in zip(fitted, held)) and held[0] | held[1] == set(sim.sources.tolist())
-    assert [n for n in maps if n > 100] == [400, 400, 800]      # within a fold the map is of the other folds, too
-    assert len(maps) == 5 and all(n < 100 for n in maps if n not in (400, 800))      # and the one by which the choice is made, of those that do not choose
+    assert maps == [400, 400, 800]      # within a fold the map is of the other folds, too
+    assert len(judged) == 2 and all(0 < n < 100 for n in judged)      # and the one by which the choice is made, of those that do not choose
 
 
 def test_identical_models_gain_nothing(tmp_path):
