@@ -581,7 +581,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbd.features._reasons': ('features.html#_reasons', 'mbd/features.py'),
                               'mbd.features._shape': ('features.html#_shape', 'mbd/features.py'),
                               'mbd.features._states': ('features.html#_states', 'mbd/features.py'),
-                              'mbd.features._student': ('features.html#_student', 'mbd/features.py'),
                               'mbd.features._study_rows': ('features.html#_study_rows', 'mbd/features.py'),
                               'mbd.features._tables': ('features.html#_tables', 'mbd/features.py'),
                               'mbd.features._to_float16': ('features.html#_to_float16', 'mbd/features.py'),

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch, torch.nn as nn
+from scipy import stats
 from . import datasets, settings, training, video
 from .clips import LOCAL_VIEW, Augmentation, ClipDataset, View, protocol as clips_and_crops
 from .datasets import Record, cut_parts
@@ -712,12 +713,6 @@ def scores(
         if name in result: kept |= dict(zip((name, f"{name}_low", f"{name}_high"), map(float, result[name])))
     return kept
 
-# %% ../nbs/14_features.ipynb #5416408f
-def _student(df):
-    "The 97.5 % quantile of Student's t, by Fisher's expansion; good to a per cent from 3 degrees of freedom on."
-    z = 1.959963985
-    return z + (z**3 + z)/(4*df) + (5*z**5 + 16*z**3 + 3*z)/(96*df**2) + (3*z**7 + 19*z**5 + 17*z**3 - 15*z)/(384*df**3)
-
 # %% ../nbs/14_features.ipynb #50dc393f
 def summarise(
     rows, # of `study`
@@ -732,7 +727,7 @@ def summarise(
     mean, several = float(np.mean(list(means.values()))), all(len(v) > 1 for v in values.values())
     between = sum(v.var(ddof=1)/len(v) for v in values.values())/len(values)**2 if several else None
     around = lambda error: (mean - error, mean + error)
-    seeds, videos = around(_student(df)*math.sqrt(between)) if several and df >= 3 else None, None
+    seeds, videos = around(stats.t.ppf(.975, df)*math.sqrt(between)) if several else None, None
     if f"{name}_low" in rows[0] and several:
         sampling = {s: np.mean([((r[f"{name}_high"] - r[f"{name}_low"])/(2*1.96))**2 for r in own]) for s, own in by_split.items()}
         videos = around(1.96*math.sqrt(between + sum(sampling.values())/len(values)**2))

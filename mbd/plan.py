@@ -113,20 +113,20 @@ def _tried(model, parameters, free):
     return found[0]*p.accumulate, found[1] or needed
 
 # %% ../nbs/16_plan.ipynb #21fc78eb
-def _read_some(records, keep, views, most=4):
+def _read_some(records, size, views, most=4):
     "(seconds to decode a video, bytes it takes in memory, seconds to cut a clip for both streams), from a few of them."
-    taken, size, cuts = [], [], []
+    taken, sizes, cuts = [], [], []
     for record in records[::max(1, len(records)//most)][:most]:
         try:
             begun = time.perf_counter()
-            frames = {record.id: clips._decoded(record.path, *keep)} if keep else None
+            frames = {record.id: clips._decoded(record.path, size, None)} if size else None
             taken.append(time.perf_counter() - begun)
-            if frames: size.append(frames[record.id].nbytes)
+            if frames: sizes.append(frames[record.id].nbytes)
             data = clips.ClipDataset([record], frames, *views, train=True)
             begun = time.perf_counter(); data.read(0, [0]); cuts.append(time.perf_counter() - begun)
         except video.VideoError: continue
     mean = lambda values: sum(values)/len(values) if values else 0.
-    return mean(taken), mean(size), mean(cuts)
+    return mean(taken), mean(sizes), mean(cuts)
 
 # %% ../nbs/16_plan.ipynb #68ba0926
 def _together(work, read, workers):
@@ -181,14 +181,14 @@ def make_plan(
     model, # an MBD on its device
     parameters, # of the run, by attribute
     folder, # of the run
-    keep=None, # (size, frames) of decoded videos that stay in memory; None: read from files
+    size=None, # short side of decoded videos that stay in memory; None: read from files
     limit=2.0, # GiB that they may take
 ) -> Plan:
     "Count, try and compare. Raises ParameterError that names the parameter to change where something cannot fit."
     p, device = parameters, next(model.parameters()).device
     videos, total, free = {name: len(records) for name, records in parts.items()}, sum(map(len, parts.values())), free_memory(device)
-    decode, size, cut = _read_some(parts["fit"], keep, (model.local_view, model.global_view))
-    frames = int(size*total)
+    decode, bytes_each, cut = _read_some(parts["fit"], size, (model.local_view, model.global_view))
+    frames = int(bytes_each*total)
     if frames > limit*2**30: raise ParameterError(f"read = 'memory': the decoded videos would take about {_gib(frames)}, and {limit:g} GiB are allowed; set read = 'files', or lower train_videos and test_videos")
     disk, room = _disk_needed(model, p), shutil.disk_usage(folder).free
     if disk > room: raise ParameterError(f"reports: the checkpoints may take {_gib(disk)}, and {_gib(room)} are free where the run folder lies; name another folder with reports, or make room")

@@ -133,8 +133,8 @@ class _Built(_Found):
 class _Planned(_Built):
     "And the plan."
     def _kept(self):
-        "(short side, frames at most) of videos that stay in memory, all of them; None where they are read from the files."
-        if self.p.read == "memory": return max(64, round(max(view.size for view in (self.model.local_view, self.model.global_view))/.875)), None
+        "Short side of videos that stay in memory, with all their frames; None where they are read from the files."
+        if self.p.read == "memory": return max(64, round(max(view.size for view in (self.model.local_view, self.model.global_view))/.875))
 
     @_step(after="build")
     def plan(self):
@@ -151,8 +151,7 @@ class _Read(_Planned):
         p, self.frames, self.index, self.unreadable = self.p, None, None, {}
         if p.read == "memory":
             with self.run.stage("decode"):
-                size, most = self._kept()
-                self.frames, self.unreadable = clips.load_frames(self.records.values(), size=size, max_frames=most, progress=self.progress("decoding", "videos"), max_failures=p.max_failures)
+                self.frames, self.unreadable = clips.load_frames(self.records.values(), size=self._kept(), progress=self.progress("decoding", "videos"), max_failures=p.max_failures)
         else:
             known = scanning.load_index(self.folder, self.tables)
             self.index = {id: known[name] for id, r in self.records.items() if (name := r.path.relative_to(self.folder).as_posix()) in known}

@@ -539,7 +539,6 @@ def test_intervals_of_a_study_say_what_they_are_about(tmp_path):
     assert width(b.videos) == pytest.approx(2*1.96*.02/math.sqrt(3), rel=.02)    # test videos do not
     assert features.summarise(many, "adaptive").videos is None
     assert features.summarise(features.study(fake, tmp_path/"1.csv", seeds=range(1), about="a"), "gain").seeds is None
-    assert features._student(3) == pytest.approx(3.182, rel=.01) and features._student(57) == pytest.approx(2.002, rel=.001)
     assert "600 runs" in features.study_table(many)
 
 
@@ -560,3 +559,16 @@ def test_the_size_of_ucf101_runs(tmp_path):
     assert time.process_time() - begun < 400
     index = json.loads((tmp_path/"generated/generated_local-unnamed-3x1/index.json").read_text())
     assert len(index["ids"]) == 13320 and len(index["classes"]) == 101
+
+
+@pytest.mark.slow
+def test_a_part_of_stored_real_lists_is_what_was_asked_for(tmp_path):
+    "Stores of the command, lists on disk, and the notebook under papermill."
+    root = miniactions.generate(tmp_path/"set", classes=miniactions.CLASSES[:4], train_groups=12, test_groups=4, clips=2)
+    known = ENVIRONMENT | dict(MBD_PROGRESS="lines", MBD_DATA_UCF101=str(root))
+    for name in ("hand_cnn", "hand_transformer"):
+        subprocess.run([sys.executable, "-m", "mbd.cli", "features", "ucf101", "--backbone", name, "--output", str(tmp_path/"stores"), "--workers", "0"], check=True, cwd=ROOT, env=known)
+    words = dict(preset="full", features=tmp_path/"stores", local_store="hand_cnn-unnamed-1x3", global_store="hand_transformer-unnamed-1x3", train_videos=48, test_videos=16, batch_size=16, resamples=200, reports=tmp_path/"reports")
+    subprocess.run([sys.executable, "-m", "papermill", "nbs/run_features.ipynb", str(tmp_path/"out.ipynb"), "--cwd", "nbs", *(x for n, v in words.items() for x in ("-p", n, str(v)))], check=True, cwd=ROOT, env=known)
+    record = json.loads(next((tmp_path/"reports").rglob("result.json")).read_text())["data"]
+    assert sum(record[n]["expected"] for n in ("fit", "map", "gate")) == 48 and record["test"] == {"expected": 16, "found": 16, "unreadable": 0}
