@@ -275,6 +275,18 @@ LENGTH = Study("study_length", "long videos: phases and gap grow with them", {f"
 # %% ../nbs/16_worlds.ipynb #8a6015e3
 STUDIES = {s.name: s for s in (FEW_LABELS, FULL_LABELS, WEIGHTS, STUDENT, LENGTH)}
 
+# %% ../nbs/16_worlds.ipynb #b5c7aa54
+def _knobs(setting, arm):
+    "Characters that change with any number of a setting and an arm."
+    return "k" + hashlib.sha256(json.dumps([miniactions.VERSION, asdict(setting), asdict(arm)], sort_keys=True).encode()).hexdigest()[:8]
+
+def _check_knobs(study, rows):
+    "Raises ValueError where a row was made by other numbers than the study has now."
+    for r in rows:
+        if r["setting"] in study.settings and r["arm"] in study.arms and r.get("knobs") != _knobs(study.settings[r["setting"]], study.arms[r["arm"]]):
+            raise ValueError(f"{study.name}: seed {r['seed']}, {r['setting']}, {r['arm']!r} was made by other numbers than this setting and arm have now: give the changed study a name of its own, or delete the rows that it changes")
+
+
 # %% ../nbs/16_worlds.ipynb #b5c7aa53
 def _chosen(study, kind, wanted, known):
     "The wanted names, or all. Raises ValueError on one that is not there."
@@ -293,12 +305,13 @@ def run_study(
     arms=None, # names of some of its arms; None: all
     progress=None, # called with (cells done, cells of this process)
 ) -> list: # the rows of the table
-    "Do the cells of a study that are not in its table yet. Raises ValueError naming a setting or arm it does not have."
+    "Do the cells of a study that are not in its table yet. Raises ValueError naming a setting or arm it does not have, or a row of the table made by others of the same name."
     chosen = {"setting": _chosen(study, "setting", settings, study.settings), "arm": _chosen(study, "arm", arms, study.arms)}
     table, last = Table(Path(reports) / study.name, ("seed", "setting", "arm"), shard), {}
+    _check_knobs(study, table.rows())
     def work(seed, setting, arm):
         if last.get("key") != (seed, setting): last.clear(); last.update(key=(seed, setting), world=World(study.settings[setting], seed, worlds))
-        return score_arm(last["world"], train_arm(last["world"], study.arms[arm]))
+        return score_arm(last["world"], train_arm(last["world"], study.arms[arm])) | {"knobs": _knobs(study.settings[setting], study.arms[arm])}
     run_cells(table, grid(seeds, **chosen), work, progress)
     return table.rows()
 

@@ -6,7 +6,7 @@ import torch
 from mbd import clips, worlds
 from mbd.distillation import Distillation
 from mbd.dominance import DominanceMap
-from mbd.study import read_claims
+from mbd.study import Table, read_claims
 from mbd.worlds import Arm, Setting, World, cka, regroup, score_arm, train_arm
 
 
@@ -88,3 +88,17 @@ def test_claims_that_are_committed_name_studies_settings_and_arms_that_exist():
         names = known.arms if claim.by == "arm" else known.settings
         assert {claim.arm, *controls} <= set(names) and set(claim.where) <= {"setting", "arm"}
         assert claim.where.get("setting", next(iter(known.settings))) in known.settings and claim.where.get("arm", next(iter(known.arms))) in known.arms
+
+
+def test_a_table_is_of_one_set_of_numbers(tmp_path):
+    study, files = worlds.Study("tiny", "", {"tiny": TINY}, {"none": Arm()}), lambda: (tmp_path/"tiny/cells.csv").read_bytes()
+    rows = worlds.run_study(study, (3,), tmp_path, tmp_path/"worlds"); before = files()
+    with pytest.raises(ValueError, match="tiny: seed 3, tiny, 'none' was made by other numbers.*a name of its own"):
+        worlds.run_study(replace(study, settings={"tiny": replace(TINY, arm_learning_rate=5e-4)}), (3, 4), tmp_path, tmp_path/"worlds")
+    assert files() == before and worlds.run_study(study, (3,), tmp_path, tmp_path/"worlds") == rows
+
+
+def test_committed_tables_are_of_the_numbers_that_the_studies_have_now():
+    for study in worlds.STUDIES.values():
+        rows = Table(Path(__file__).parents[1]/"reports"/study.name).rows()
+        assert rows; worlds._check_knobs(study, rows)
