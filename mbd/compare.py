@@ -92,6 +92,11 @@ def _recipe(record):
     return json.dumps({n: v for n, v in asked.items() if n not in _OWN}, sort_keys=True)
 
 # %% ../nbs/compare.ipynb #ca4e0008
+def _pair(data):
+    "The pair of a run, or whose stored features it was."
+    if "features" in data: return "stored features of " + " + ".join(" ".join(filter(None, (side["backbone"], side["weights"]))) for side in data["features"].values())
+    return data.get("pair", "?")
+
 def lines(
     runs: list, # complete records, of `comparable`
 ) -> list: # of Line
@@ -104,7 +109,7 @@ def lines(
         protocols = {(p["clips"], p["crops"]): r} | {tuple(map(int, name.split("x"))): scores for name, scores in (r.get("also") or {}).items()}
         for views, scores in protocols.items():
             found.append(Line(d["layout"], _recipe(r), d["split"], r["seed"], views, scores["top1"], scores["top1_interval"], test["found"] - test["unreadable"], test["expected"], per_view*math.prod(views),
-                              sum(cost["parameters"].values())/1e6, d.get("pair", "?"), bool(d.get("map_on_val")), f"{r.get('preset', '?')}" + (f", {d['labelled']} labels a class" if d.get("labelled") else "") + f", {r['commit']}", r))
+                              sum(cost["parameters"].values())/1e6, _pair(d), bool(d.get("map_on_val")), f"{r.get('preset', '?')}" + (f", {d['labelled']} labels a class" if d.get("labelled") else "") + f", {r['commit']}", r))
     return found
 
 # %% ../nbs/compare.ipynb #6bdb68ef
@@ -129,20 +134,27 @@ TITLES = {"ucf101": "UCF101", "hmdb51": "HMDB51", "kinetics400": "Kinetics-400",
 def unequal(some: list, splits=1) -> str:
     "In words, what keeps lines of one recipe from standing beside a benchmark number; 'nothing' if that is so."
     asked = json.loads(some[0].recipe) if not some[0].recipe.startswith("unknown") else {}
-    found, expected, whole = sum(x.found for x in some), sum(x.expected for x in some), SPLITS[some[0].dataset]
+    data, found, expected, whole = some[0].record["data"], sum(x.found for x in some), sum(x.expected for x in some), SPLITS[some[0].dataset]
     return "; ".join(words for words, true in (
         ("half of the validation list", any(x.map_on_val for x in some)), (f"{expected - found:,} of {expected:,} videos missing", found < expected),
-        ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{asked.get('labelled')} labels a class", asked.get("labelled")), (f"{splits} of {whole} splits", splits < whole)) if true) or "nothing"
+        ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{asked.get('labelled')} labels a class", asked.get("labelled")), (f"{splits} of {whole} splits", splits < whole), ("frozen backbones, whose cost is left out", "features" in data)) if true) or "nothing"
 
 # %% ../nbs/compare.ipynb #ca4e000e
 def _value(v, form="{:g}"): return "?" if v is None else form.format(v)
 def _with(value, low, high): return f"{100*value:.1f}" + ("" if low is None else f" [{100*low:.1f}, {100*high:.1f}]")
 
+def _sides(line):
+    "What the weights of each stream have seen."
+    if "features" in line.record["data"]: return [side["seen"] for side in line.record["data"]["features"].values()]
+    pair = find_pair(line.dataset, line.pair)
+    return pair.local.seen, pair.global_.seen
+
 def _name(some):
     "Pair, what its weights have seen, preset and commit."
-    try: seen = sorted({name for side in (find_pair(some[0].dataset, some[0].pair).local, find_pair(some[0].dataset, some[0].pair).global_) for name in side.seen}) if some[0].record["data"]["name"] != "miniactions" else []
+    line, data = some[0], some[0].record["data"]
+    try: seen = sorted({name for side in _sides(line) for name in side}) if data["name"] != "miniactions" else []
     except ValueError: seen = ["?"]
-    return f"{some[0].pair}{', from ' + ' + '.join(seen) if seen else ''} ({', '.join(sorted({line.about for line in some}))})"
+    return f"{line.pair}{', from ' + ' + '.join(seen) if seen else ''} ({', '.join(sorted({line.about for line in some}))})"
 def _cost(some): return f"{some[0].gflops:.3g}", f"{some[0].parameters:.3g}", f"{sum(x.found for x in some)} of {sum(x.expected for x in some)}"
 
 # %% ../nbs/compare.ipynb #ca4e000f
@@ -206,7 +218,7 @@ def tables(
 def cost_figure(name, known, own=(), banner=None):
     "Published numbers of one data set, and own runs, against the operations of a video."
     points = [(r.model, r.views*r.gflops_per_view, r.top1) for r in known if r.dataset == name and r.top1 and r.views and r.gflops_per_view]
-    mine = [(line.pair, line.gflops, 100*line.top1["adaptive"], [100*x for x in line.interval["adaptive"]]) for line in own if line.dataset == name]
+    mine = [(line.pair, line.gflops, 100*line.top1["adaptive"], [100*x for x in line.interval["adaptive"]]) for line in own if line.dataset == name and "features" not in line.record["data"]]      # their record has the cost of the heads only
     return plots.accuracy_against_cost(points, mine, title=TITLES[name], banner=banner)
 
 # %% ../nbs/compare.ipynb #4ed34643

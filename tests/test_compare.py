@@ -182,3 +182,10 @@ def test_a_complete_record_with_holes_is_named_and_breaks_nothing(reports):
 def test_files_that_do_not_belong_together_are_named_among_the_pairs(reports):
     reports(seed=1); reports(seed=1, asked=dict(x=1), scores=dict(adaptive=.2))
     assert "Left out: run1: predictions.npz gives adaptive" in compare.paired_table(read_runs(reports.root))
+
+
+def test_a_run_on_stored_features_names_its_backbones_and_what_they_have_seen(reports):
+    side = lambda name: dict(backbone=name, weights="kinetics400", digest="x", seen=["kinetics400/train"], protocol="1x3", augmented=0)
+    reports(generated=False, data={"pair": None, "features": {"local": side("r3d_18"), "global": side("swin3d_t")}})
+    found = parts(tables(read_runs(reports.root)))["UCF101"]
+    assert "stored features of r3d_18 kinetics400 + swin3d_t kinetics400, from kinetics400/train (mini" in found and "frozen backbones, whose cost is left out" in found
