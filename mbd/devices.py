@@ -134,16 +134,10 @@ def broadcast(
 # %% ../nbs/13_devices.ipynb #a6ee3d35
 def gather_rows(
     tensor, # (n, ...); n may differ between processes, the rest may not
-    even=False, # every process has as many rows: one message, and a GPU is not waited for
 ) -> torch.Tensor: # (N, ...), without gradient, on the tensor's device
     "The rows of all processes, in order of rank. Raises ValueError on all of them where the rows do not fit together."
     tensor, world = tensor.detach(), processes()[1]
     if world == 1: return tensor
-    if even:
-        sent = tensor.to(_wire()).contiguous()
-        received = sent.new_empty(world * len(sent), *sent.shape[1:])
-        dist.all_gather_into_tensor(received, sent)
-        return received.to(tensor.device)
     parts = gather(tensor)
     kinds = {(p.dtype, *p.shape[1:]) for p in parts}
     if len(kinds) > 1: raise ValueError(f"rows do not fit together: the processes hold {', '.join(f'{p.dtype} {tuple(p.shape)}' for p in parts)}")
@@ -272,7 +266,8 @@ class Stopping:
 
     def _note(self, number, frame):
         if os.getpid() == self.process:
-            for stopping in (self, *self._outer()): stopping.asked = True
+            self.asked = True
+            for outer in self._outer(): outer._note(number, frame)
         elif number == signal.SIGTERM: signal.signal(number, signal.SIG_DFL); os.kill(os.getpid(), number)   # a forked child ends as it would have
 
     def __exit__(self, *error):

@@ -213,8 +213,8 @@ def by_group(
 ) -> dict:
     "{group: {videos, classes, top1, top1_interval}} by the group of the true class; groups without videos are left out."
     codes, y = _array(group_codes), _array(labels)
-    if not set(np.unique(codes)) <= {-1, 0, 1} or y.max() >= len(codes):
-        raise ValueError("group_codes must be +1, 0 or -1 for every class")
+    if not set(np.unique(codes)) <= {-1, 0, 1} or y.min() < 0 or y.max() >= len(codes):
+        raise ValueError(f"group_codes must be +1, 0 or -1 for every class, and every video needs one of the {len(codes)} classes as its label: found {y.min()} to {y.max()}")
     names = {"local": 1, "balanced": 0, "global": -1}
     result = _by({n: codes[y] == c for n, c in names.items()}, correct, sources, options)
     return {n: {"classes": int((codes == names[n]).sum()), **entry} for n, entry in result.items()}

@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'PRECISIONS', 'SECTIONS', 'find', 'Settings', 'nearest', 'KitError', 'load']
 
 # %% ../nbs/01_settings.ipynb #fe371f06
-import configparser, difflib, os
+import configparser, difflib, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def find(
 
 def _ours(file):
     "Is this a settings file of the kit? Other programs use the same name."
-    return file.is_file() and any(line.strip() in ("[data]", "[annotations]", "[urls]", "[run]") for line in file.read_text(errors="replace").splitlines())
+    return file.is_file() and re.search(r"^\s*\[(data|annotations|urls|run)\]", file.read_text(encoding="utf-8-sig", errors="replace"), re.I | re.M) is not None
 
 # %% ../nbs/01_settings.ipynb #33e815b4
 DATASETS = ("ucf101", "hmdb51", "kinetics400", "ssv2", "miniactions")
@@ -101,6 +101,8 @@ def _environment():
         first, _, rest = name.lower().partition("_")
         section, _, key = rest.partition("_")
         if first != "mbd": continue
+        if rest in ("data", "annotations", "urls"): raise ValueError(f"environment variable {name} names no data set: write {name}_UCF101, or another; valid: {', '.join(SECTIONS[rest])}")
+        if rest in DATASETS: raise ValueError(f"environment variable {name} does not say what of {rest} it is: write MBD_DATA_{rest.upper()} for the folder of its videos")
         slip = key and section not in SECTIONS and difflib.get_close_matches(section, SECTIONS, cutoff=0.75)      # MBD_DTA_UCF101
         if not slip and (section not in SECTIONS or section == "run" or not key): section, key = "run", rest
         if slip or section != "run" or difflib.get_close_matches(key, SECTIONS["run"], cutoff=0.75):

@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'LESSONS', 'NOMINAL', 'VARIANTS', 'random_model', 'random_cl
            'matrix_rate', 'nominal', 'variant', 'projected_hours', 'train_table']
 
 # %% ../nbs/14_speed.ipynb #69f2ddb2
-import contextlib, json, multiprocessing, os, tempfile, time
+import contextlib, json, multiprocessing, os, re, tempfile, time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -118,9 +118,9 @@ def inference_table(
     progress=None, # called with (lines done, lines in all)
 ) -> str:
     "Markdown: seconds and videos/s of the fused model, cheapest pair first, written line by line. Raises ValueError."
-    _check_counts(rounds=(rounds, 1), **{"a batch": (min(batches), 1)})
+    _check_counts(rounds=(rounds, 1), **{"a batch": (min(batches, default=0), 1)})
     jobs, gflops = distinct(_chosen(pairs))
-    precision, text = precision or _precision(device), Report(report, len(jobs)*len(batches), progress)
+    precision, text = _precision(device, precision), Report(report, len(jobs)*len(batches), progress)
     *lines, where = measured_on("Seconds to the fused answer", device, command)
     text.text += [*lines, f"{where}; {precision}, random weights and clips, both streams one after the other, calibration and adaptive fusion. Median of {rounds} rounds in turn after one that does not count [least, most]; "
                   "the ratio is within rounds. Difference: largest between fused probabilities. Compiling: seconds, once for each shape. GFLOPs: of one video, one view in each stream.", "",
@@ -134,7 +134,10 @@ def inference_table(
             text.add("| " + " | ".join([*_streams(job), f"{sum(gflops[key] for key in job):.3g}", str(batch_size), *cells]) + " |")
     return str(text)
 
-def _precision(device): return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+def _precision(device, asked):
+    "What was asked for, else what is usual on the device. Raises ValueError on a name that autocast would pass over in silence."
+    if asked not in (None, "float32", "bfloat16"): raise ValueError(f"precision must be float32 or bfloat16, not {asked!r}")
+    return asked or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
 
 # %% ../nbs/14_speed.ipynb #25343e79
 class Fused(nn.Module):
@@ -359,7 +362,8 @@ def nominal(
     name, # of the device
 ) -> float | None: # operations a second, bfloat16
     "The rate of the data sheet, where it is known."
-    return next((1e12*rate for known, rate in NOMINAL.items() if all(word in name for word in known.split())), None)
+    words = re.findall(r"\w+", name)      # an A1000 is no A100; the NVL cards are slower than their names
+    return next((1e12*rate for known, rate in NOMINAL.items() if "NVL" not in words and set(known.split()) <= set(words)), None)
 
 # %% ../nbs/14_speed.ipynb #fad6beb3
 VARIANTS = ("plain", "compile", "channels_last", "checkpointing", "math_attention")
@@ -433,7 +437,7 @@ def train_table(
     from mbd.throughput import write_film
     from mbd.training import Training
     _check_counts(rounds=(rounds, 1), epochs=(epochs, 1), batch_size=(batch_size, 3))
-    settings = Training(batch_size=batch_size, precision=precision or _precision(device))
+    settings = Training(batch_size=batch_size, precision=_precision(device, precision))
     ways, (jobs, gflops) = {name: variant(name, settings) for name in variants}, distinct(_chosen(pairs))
     rate, text, best = matrix_rate(device, settings.precision), Report(report, len(jobs)*len(ways), progress), {}
     text.text += _train_heading(device, command, settings, rounds, rate); text.save()

@@ -7,7 +7,7 @@ __all__ = ['Training', 'optimiser', 'side_by_side', 'lay_out', 'Trainer', 'Stopp
            'calibrate', 'measure_map', 'fit_fusions', 'fuse_all']
 
 # %% ../nbs/13_training.ipynb #d639d5ff
-import copy, hashlib, itertools, json, math, time
+import copy, hashlib, itertools, json, math, os, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,8 +17,8 @@ from . import devices
 from .checkpoints import CheckpointError, digest
 from .clips import batches
 from .datasets import has_seen
-from .distillation import Distillation, Placement, Projections, Teacher, _pooled, compare_gradients, distillation_terms, exchange, presumed_groups, weighted_sum
-from .dominance import DominanceMap, fit_temperature, measure
+from .distillation import _check_number, Distillation, Placement, Projections, Teacher, _pooled, compare_gradients, distillation_terms, exchange, presumed_groups, weighted_sum
+from .dominance import fit_temperature, measure
 from .evaluation import average_views, choose_baseline
 from .fusion import fit_all
 from .model import MBD
@@ -48,15 +48,14 @@ class Training:
     channels_last: bool = False # lay tensors out with the channels last
 
     def __post_init__(self):
-        for name, low in [("epochs", 0), ("batch_size", 2), ("accumulate", 1), ("max_skipped", 0)]:
+        for name, low in [("epochs", 0), ("batch_size", 2), ("accumulate", 1), ("max_skipped", 0), ("seed", 0)]:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low: raise ValueError(f"{name} must be a whole number of at least {low}, not {getattr(self, name)!r}")
         for name, known in [("precision", ("float32", "bfloat16", "float16")), ("optimiser", ("adamw", "sgd")), ("batch_norm", ("batch", "synced", "frozen"))]:
             if getattr(self, name) not in known: raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        if not 0 < self.layer_decay <= 1: raise ValueError(f"layer_decay must be above 0 and at most 1, not {self.layer_decay!r}")
-        for name in ("warm_up", "average", "smoothing"):
-            if not 0 <= getattr(self, name) < 1: raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}")
+        for name, remedy in [("learning_rate", "1e-4 to 2e-3 are usual"), ("clip_norm", "1 is usual")]: _check_number(name, getattr(self, name), 0, math.inf, remedy, open_low=True)
+        _check_number("weight_decay", self.weight_decay, 0, math.inf, "0 switches it off")
+        _check_number("layer_decay", self.layer_decay, 0, 1, "1 switches it off", open_low=True)
+        for name, remedy in [("warm_up", "it is a fraction of the steps"), ("average", "0.99 to 0.9999 are usual, 0 keeps none"), ("smoothing", "0.1 is usual, 0 is none")]: _check_number(name, getattr(self, name), 0, 1, remedy, open_high=True)
 
 # %% ../nbs/13_training.ipynb #f389b7df
 def optimiser(
@@ -207,6 +206,7 @@ class Trainer:
     ):
         teaching = distillation is not None and distillation.arm != "none"
         self.streams = _chosen(model, only, teaching)
+        if teaching and example is None and distillation.intermediate_weight > 0 and distillation.intermediate in ("logit", "hint"): raise ValueError(f"intermediate = {distillation.intermediate!r} trains projections, whose shapes a batch shows: give one as example")
         _check_split(settings, *devices.processes())
         where = next(model.parameters()).device
         self.accelerator = devices.accelerator(where.type if devices.processes()[1] > 1 else where, settings.precision)      # of several, each takes the GPU of its own number
@@ -359,7 +359,7 @@ def _synchronise(streams, world, device):
 def _tensors(trainer):
     "{name: tensor} of all that changes during the stage."
     t = trainer
-    parts = {"model": t.model, **{f"average.{n}": a.copy for n, a in t.averages.items()}, **t.layers}
+    parts = {"model.local": t.model.local, "model.global_": t.model.global_, **{f"average.{n}": a.copy for n, a in t.averages.items()}, **t.layers}
     if t.school and t.distillation.teacher == "averaged": parts |= {f"teacher.{n}": teacher.copy for n, teacher in t.school.teachers.items()}
     found = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
     for group in t.optimiser.param_groups:
@@ -371,14 +371,13 @@ def _tensors(trainer):
 def _numbers(trainer):
     "The rest, as JSON can hold it."
     t = trainer
-    return dict(done=t.done, skipped=t.skipped, in_a_row=t.in_a_row, map=t.model.map and t.model.map.to_dict(), scaler=t.accelerator.scaler.state_dict() if t.accelerator.scaler else None)
+    return dict(done=t.done, skipped=t.skipped, in_a_row=t.in_a_row, scaler=t.accelerator.scaler.state_dict() if t.accelerator.scaler else None)
 
 @torch.no_grad()
 def _restore(trainer, tensors, numbers):
     "Make the trainer what it was when `_tensors` and `_numbers` looked at it."
     t = trainer
     t.done, t.skipped, t.in_a_row = (numbers[name] for name in ("done", "skipped", "in_a_row"))
-    t.model.map = numbers["map"] and DominanceMap.from_dict(numbers["map"])
     if t.accelerator.scaler: t.accelerator.scaler.load_state_dict(numbers["scaler"])
     own = _tensors(t)
     for name, value in tensors.items():
@@ -388,19 +387,20 @@ def _restore(trainer, tensors, numbers):
             for key in [k for k in tensors if k.startswith(f"optimiser.{name}:")]:
                 value, key = tensors[key], key.rpartition(":")[2]
                 t.optimiser.state[p][key] = torch.empty_like(p).copy_(value) if value.shape == p.shape and key != "step" else value.clone()
-    if t.school:
-        t.school.groups = t.model.map.group_codes.to(t.device)
-        for teacher, temperature in zip(t.school.teachers.values(), t.model.temperature.tolist()): teacher.temperature = temperature
 
 # %% ../nbs/13_training.ipynb #347341ea
+def _weights(model):
+    "{name: tensor} of both streams: what a stage changes. Temperatures, map and fusion are the caller's."
+    return {n: v for n, v in model.state_dict().items() if n.startswith(("local.", "global_."))}
+
 def _about(model, data, settings, stage, distillation, only):
     "All that decides how a stage ends, as JSON."
     if not hasattr(data, "augment"): raise ValueError(f"a stage on {type(data).__name__} takes no checkpoints: it is over in seconds")
     ids = json.dumps([[r.id, r.label] for r in data.records])
     views = json.dumps([asdict(v) for v in (data.local, data.global_, data.augment)] + [data.flip if isinstance(data.flip, bool) else sorted(data.flip)])
-    groups = digest({"groups": model.map.group_codes} | (model.fusion.state_dict() if distillation.lesson == "fused" else {})) if distillation and model.map else None
+    groups = digest({"groups": model.map.group_codes, "temperature": model.temperature} | (model.fusion.state_dict() if distillation.lesson == "fused" else {})) if distillation and model.map else None
     return dict(stage=stage, only=only, **{k: v for k, v in asdict(settings).items() if k != "max_skipped"}, distillation=distillation and asdict(distillation), groups=groups, videos=len(data.records),
-                data=hashlib.sha256((ids + views).encode()).hexdigest()[:16], start=digest({n: v for n, v in model.state_dict().items() if n.startswith(("local.", "global_."))}))
+                data=hashlib.sha256((ids + views).encode()).hexdigest()[:16], start=digest(_weights(model)))
 
 # %% ../nbs/13_training.ipynb #7cad8aee
 @dataclass
@@ -552,13 +552,13 @@ def _validate(trainer, data, workers):
 
 # %% ../nbs/13_training.ipynb #15318ce4
 def _save(trainer, place, data, checkpoints, stage, about, done=False, score=None):
-    "Save a stage: while it runs, all of it; when it is done, the model and the log."
+    "Save a stage: while it runs, all of it; when it is done, the streams and the log."
     if checkpoints is None: return
     sums = place.sums
     if trainer.world > 1 and sums: sums = {n: devices.total(torch.as_tensor(v, device=trainer.device, dtype=torch.float32)) for n, v in sorted(sums.items())}
     seen = int(devices.total(torch.tensor(place.seen, device=trainer.device))) if trainer.world > 1 else place.seen
     if trainer.rank == 0:
-        tensors = {f"model.{n}": v for n, v in trainer.model.state_dict().items()} if done else _tensors(trainer) | {f"sums.{n}": torch.as_tensor(v) for n, v in sums.items()}
+        tensors = {f"model.{n}": v for n, v in _weights(trainer.model).items()} if done else _tensors(trainer) | {f"sums.{n}": torch.as_tensor(v) for n, v in sums.items()}
         state = _numbers(trainer) | dict(rows=place.rows, failures=data.failures, place={} if done else {**{n: getattr(place, n) for n in ("epoch", "position", "seconds", "waited", "skipped", "pulls")}, "seen": seen})
         checkpoints.save(stage, trainer.done, tensors, state, about, done=done, score=score)
     devices.wait()
@@ -588,6 +588,13 @@ class Predictions:
     embeddings: tuple     # (N, D_L) and (N, D_G), views averaged
 
 # %% ../nbs/13_training.ipynb #6a750711
+def _stamps(records):
+    "Of the files of these records, by size and time of change."
+    def of(path):
+        try: stat = os.stat(path); return [stat.st_size, stat.st_mtime_ns]
+        except (OSError, TypeError): return None      # no file: frames in memory, or one of the failures
+    return hashlib.sha256(json.dumps([of(r.path) for r in records]).encode()).hexdigest()[:16]
+
 @torch.no_grad()
 def predict(
     model, # an MBD
@@ -605,7 +612,9 @@ def predict(
     begin, end = (len(data.records)*r // world for r in (rank, rank + 1))      # the videos that this process answers
     out, number, found, about = None, 0, None, checkpoints and _about(model, data, Training(), stage, None, None) | {"clips": data.clips, "crops": data.crops, "batch_size": batch_size, "processes": world}
     stage = f"{stage}-{rank}-of-{world}" if world > 1 else stage
-    if checkpoints and (found := checkpoints.load(stage, about)): out, number = found.tensors, found.step; data.failures.update(found.state)
+    files = checkpoints and _stamps(data.records[begin:end])
+    if checkpoints and (found := checkpoints.load(stage, about)) and found.state.get("files") != files: found = None      # a video was mended or replaced since
+    if found: out, number = found.tensors, found.step; data.failures.update(found.state["failures"])
     loader = batches(data, batch_size, workers=workers, part=(rank, world), pin_memory=device.type == "cuda")
     model.eval()
     with side_by_side(device, 2 if world == 1 else 1) as each, devices.Stopping() as stopping:
@@ -618,9 +627,9 @@ def predict(
                 out[name][batch["index"] - begin, batch["view"]] = a.logits.float().cpu()
                 out[f"{name} embedding"].index_add_(0, batch["index"] - begin, a.embedding.float().cpu()/data.views)
             if progress: progress(min(number*batch_size, (end - begin)*data.views)*world, len(data))
-            if checkpoints and (stopping.asked or checkpoints.due()): checkpoints.save(stage, number, out, data.failures, about)
-            if checkpoints and stopping.asked: raise Stopped(f"{stage}: stopped at batch {number} of {len(loader)}, which is saved")
-        if checkpoints and out and not (found and found.done): checkpoints.save(stage, number, out, data.failures, about, done=True)
+            if checkpoints and (stopping.asked or checkpoints.due()): checkpoints.save(stage, number, out, dict(failures=data.failures, files=files), about)
+            if stopping.asked: raise Stopped(f"{stage}: stopped at batch {number} of {len(loader)}" + (", which is saved" if checkpoints else ""))
+        if checkpoints and out and not (found and found.done): checkpoints.save(stage, number, out, dict(failures=data.failures, files=files), about, done=True)
     return _collected(out, data, world)
 
 # %% ../nbs/13_training.ipynb #ce99a8b3

@@ -82,7 +82,9 @@ def test_a_signal_is_noted_and_the_old_handler_comes_back(name):
         with Stopping() as stopping:
             assert not stopping.asked and not stopping.agreed()
             with Stopping() as inner:
-                signal.raise_signal(number)
+                with Stopping() as innermost:      # a run, a training in it, a prediction in that
+                    signal.raise_signal(number)
+                    assert innermost.asked
                 assert inner.asked
             assert stopping.asked and stopping.agreed() and not seen
             with Stopping() as later: assert later.asked
@@ -171,7 +173,7 @@ def both(folder):
     accelerated = accelerator("cpu")
     rows = torch.full((rank * 2, 3), float(rank))       # the first has none
     seen = dict(world=world, number=accelerated.process_index, threads=torch.get_num_threads(), names=gather([f"é{rank}"] * rank), shapes=[list(t.shape) for t in gather(torch.zeros(rank, 2))],
-                rows=gather_rows(rows).tolist(), even=gather_rows(torch.tensor([rank == 0, True]), even=True).tolist(), total=total(torch.tensor([rank, 1])).tolist(), flags=total(torch.tensor(True)).item(),
+                rows=gather_rows(rows).tolist(), total=total(torch.tensor([rank, 1])).tolist(), flags=total(torch.tensor(True)).item(),
                 everyone=[everyone(True), everyone(rank == 0), everyone(False)], broadcast=broadcast({"from": rank}))
     with pytest.raises(ValueError, match="do not fit together"): gather_rows(torch.zeros(1, rank + 1))
     with main_first():
@@ -198,7 +200,7 @@ def test_two_processes(tmp_path):
     with pytest.raises(Exception, match=r"(?s)Process 1.*in both.*LookupError: nothing at all"): launch(both, (str(tmp_path),), processes=2, device="cpu")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first.pop("number"), second.pop("number")) == (0, 1) and (first.pop("stop"), second.pop("stop")) == ([False, True], [True, True])
-    assert first == second == dict(world=2, threads=max(1, torch.get_num_threads() // 2), names=[[], ["é1"]], shapes=[[0, 2], [1, 2]], rows=[[1.] * 3] * 2, even=[True, True, False, True], total=[1, 2], flags=2,
+    assert first == second == dict(world=2, threads=max(1, torch.get_num_threads() // 2), names=[[], ["é1"]], shapes=[[0, 2], [1, 2]], rows=[[1.] * 3] * 2, total=[1, 2], flags=2,
                                    everyone=[True, False, False], broadcast={"from": 0}, gradient=[[.75] * 3] * 2, weight=1.)
 
 

@@ -174,6 +174,7 @@ def test_by_group_goes_by_the_true_class():
         "local": (2, 1, 1.0), "balanced": (2, 1, 0.5), "global": (2, 1, 0.0)}
     with pytest.raises(ValueError, match="group_codes"):
         ev.by_group(right, torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([2, -1, 0]), None)
+    with pytest.raises(ValueError, match="one of the 2 classes as its label: found -1"): ev.by_group({"a": [1, 0, 1]}, [-1, 0, 1], [1, -1], None)
 
 
 def test_by_length_cuts_every_video_into_one_bin():

@@ -64,6 +64,21 @@ def test_what_several_gpus_have_trained_can_be_looked_at_without_them(tmp_path, 
     with pytest.raises(ValueError, match="'synced' joins the statistics of several GPUs"): train(begin(tmp_path)[0], part, synced, "distil", checkpoints=kept)      # half done: it would go on otherwise
 
 
+def test_a_checkpoint_brings_weights_back_and_leaves_map_and_temperatures_to_the_caller(tmp_path):
+    model, part, kept = begin(tmp_path)
+    train(model, part, SMALL, checkpoints=kept)
+    again, part, kept = begin(tmp_path)
+    again.temperature.fill_(3.); again.map = replace(again.map, share=again.map.share*.9)
+    train(again, part, SMALL, checkpoints=kept)
+    streams = lambda m: weights(m.local) | {f"global {n}": v for n, v in weights(m.global_).items()}
+    assert equal(streams(model), streams(again)) and again.temperature.tolist() == [3., 3.] and torch.equal(again.map.share, make().map.share*.9)
+    model, part, kept = begin(tmp_path)
+    train(model, part, SMALL, "distil", TEACH, checkpoints=kept)
+    other, part, kept = begin(tmp_path)
+    other.temperature.fill_(3.)                      # its teachers would say something else
+    with pytest.raises(CheckpointError, match="groups"): train(other, part, SMALL, "distil", TEACH, checkpoints=kept)
+
+
 @pytest.mark.parametrize("change", [dict(settings=replace(SMALL, learning_rate=2e-2)), dict(seed=5), dict(teach=TEACH), dict(count=18)])
 def test_a_checkpoint_of_another_training_is_refused(change, tmp_path):
     model, part, kept = begin(tmp_path)

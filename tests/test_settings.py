@@ -35,6 +35,15 @@ def test_another_programs_settings_ini_is_passed_over(tmp_path, monkeypatch):
     assert settings.load().file == ours
 
 
+@pytest.mark.parametrize("text", ["\ufeff[data]\nucf101 = v\n", "[data] ; mine\nucf101 = v\n", "  [data]\nucf101 = v\n"])
+def test_a_file_that_can_be_read_is_found(tmp_path, monkeypatch, text):
+    "One that is passed over would be missed by nobody: all values have defaults."
+    ours = write(tmp_path, text); monkeypatch.chdir(tmp_path)
+    assert settings.load().file == ours and settings.load().data == {"ucf101": tmp_path/"v"}
+    write(tmp_path, "[Data]\nucf101 = v\n")
+    with pytest.raises(ValueError, match="unknown section; did you mean 'data'"): settings.load()
+
+
 def test_defaults_without_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "find", lambda: None)
     found = settings.load()
@@ -76,7 +85,8 @@ def test_mistakes_in_the_file_are_named(tmp_path, text, parts):
     assert all(part in str(error.value) for part in parts), str(error.value)
 
 
-@pytest.mark.parametrize("name, part", [("MBD_DATA_UFC101", "did you mean 'ucf101'"), ("MBD_DTA_UCF101", "did you mean 'data'"), ("MBD_DEVIC", "did you mean 'device'"), ("MBD_DEVICE", "device = 'x'")])
+@pytest.mark.parametrize("name, part", [("MBD_DATA_UFC101", "did you mean 'ucf101'"), ("MBD_DTA_UCF101", "did you mean 'data'"), ("MBD_DEVIC", "did you mean 'device'"), ("MBD_DEVICE", "device = 'x'"),
+                                         ("MBD_DATA", "write MBD_DATA_UCF101"), ("MBD_UCF101", "write MBD_DATA_UCF101")])
 def test_mistakes_in_the_environment_are_named(monkeypatch, name, part):
     monkeypatch.setenv(name, "x")
     with pytest.raises(ValueError) as error: settings.load()

@@ -183,7 +183,7 @@ def test_variants(name, fields, options, math):
 
 def test_rates_and_hours():
     assert speed.matrix_rate(size=128, rounds=1) > 1e7
-    assert [speed.nominal(f"NVIDIA {name}") for name in ("H200", "A100-SXM4-80GB", "H100 PCIe", "GeForce")] == [989e12, 312e12, 756e12, None]
+    assert [speed.nominal(f"NVIDIA {name}") for name in ("H200", "A100-SXM4-80GB", "H100 PCIe", "GeForce", "RTX A1000 Laptop GPU", "H100 NVL")] == [989e12, 312e12, 756e12, None, None, None]
     assert speed.projected_hours(2., 10, 5)["ucf101"] == pytest.approx(9624 * 5 * 2 / 10 / 3600)
 
 
@@ -259,3 +259,8 @@ def test_an_error_of_a_process_is_said_here():
     with pytest.raises(RuntimeError, match="VideoError|none.mp4|No such file"):
         with speed._Candidate("live", job): pass
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("table", [speed.inference_table, speed.train_table])
+def test_a_precision_that_would_not_be_computed_is_refused(table):
+    with pytest.raises(ValueError, match="precision must be float32 or bfloat16, not 'bf16'"): table(pairs=["miniactions/hand"], precision="bf16")

@@ -1,8 +1,9 @@
-import copy, math, threading
+import copy, math, os, signal, threading
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from mbd import training
+from mbd.checkpoints import Checkpoints
 from mbd.clips import ClipDataset, View
 from mbd.datasets import Record
 from mbd.distillation import Distillation
@@ -506,7 +507,7 @@ def test_bfloat16_stays_finite_and_near(teach):
 
 @pytest.mark.parametrize("change, words", [(dict(epochs=-1), "epochs"), (dict(epochs=1.5), "epochs"), (dict(batch_size=1), "batch_size must be a whole number of at least 2"), (dict(precision="half"), "precision must be float32, bfloat16 or float16, not 'half'"), (dict(optimiser="adam"), "optimiser must be adamw or sgd"), (dict(average=1.), "average must be at least 0 and below 1"),
                                            (dict(layer_decay=0), "layer_decay"), (dict(accumulate=0), "accumulate"), (dict(batch_norm="off"), "batch_norm must be"),
-                                           (dict(learning_rate=0), "learning_rate must be above 0"), (dict(learning_rate=float("nan")), "learning_rate"), (dict(clip_norm=-1), "clip_norm")])
+                                           (dict(learning_rate=0), "learning_rate must be above 0"), (dict(learning_rate=float("nan")), "learning_rate"), (dict(clip_norm=-1), "clip_norm"), (dict(learning_rate="1e-3"), "learning_rate must be above 0, not '1e-3'"), (dict(weight_decay=-1.), "weight_decay"), (dict(seed=-1), "seed"), (dict(warm_up=None), "warm_up")])
 def test_impossible_settings(change, words):
     with pytest.raises(ValueError, match=words): Training(**change)
 
@@ -617,6 +618,10 @@ def test_the_whole_schedule_then_save_and_load(tmp_path):
     assert equal(*continued)
 
 
+def test_projections_need_a_batch_that_shows_their_shapes():
+    with pytest.raises(ValueError, match="intermediate = 'logit'.*example"): training.Trainer(make(), 1, Training(batch_size=8), Distillation(intermediate="logit"))
+
+
 # ---- videos that cannot be read
 
 def test_an_unreadable_video_is_left_out_of_answers_and_counted(tmp_path):
@@ -631,6 +636,30 @@ def test_an_unreadable_video_is_left_out_of_answers_and_counted(tmp_path):
     assert answers.ids == ["v0", "v1", "v3", "v4", "v5"] and answers.sources == ["s0", "s1", "s3", "s4", "s5"] and answers.labels.tolist() == [0, 1, 0, 1, 2]
     assert answers.local.shape == (5, 6, 3) and torch.allclose(answers.local, wanted.local, atol=1e-5) and torch.allclose(answers.global_, wanted.global_, atol=1e-5)
     assert list(data.failures) == ["v2"] and not sound.failures
+
+
+def test_kept_answers_are_those_of_the_files_that_are_there(tmp_path):
+    pytest.importorskip("av")
+    from mbd.video import write_video
+    rng, views, kept = np.random.default_rng(0), (View(8, 1, 16), View(4, 2, 8)), Checkpoints(tmp_path/"kept", every=0)
+    film = lambda i: write_video(tmp_path/f"v{i}.mp4", rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8))
+    records = [Record(f"v{i}", film(i), i % 3, f"s{i}") for i in range(4)]
+    sound = records[2].path.read_bytes(); records[2].path.write_bytes(b"no video")
+    model = MBD(LocalStream(3), GlobalStream(3, frames=4), ["a", "b", "c"], *views)
+    def ask(**more):
+        data = ClipDataset(records, None, *views, max_failures=.5)
+        return training.predict(model, data, **more), list(data.failures)
+    assert ask(checkpoints=kept)[1] == ask(checkpoints=kept)[1] == ["v2"]
+    records[2].path.write_bytes(sound); film(1)                      # one is mended, one replaced
+    (answers, failed), (wanted, _) = ask(checkpoints=kept), ask()
+    assert not failed and answers.ids == wanted.ids == ["v0", "v1", "v2", "v3"] and torch.equal(answers.local, wanted.local)
+    for path in tmp_path.glob("v*.mp4"): os.utime(path, ns=(os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns))
+    assert torch.equal(ask(checkpoints=kept)[0].local, wanted.local)
+
+
+def test_a_prediction_that_saves_nothing_can_be_stopped_too():
+    def ask(done, clips): signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(training.Stopped, match=r"stopped at batch 1 of \d+$"): training.predict(make(), data(False), batch_size=5, progress=ask)
 
 
 def test_a_stage_reads_its_videos_in_workers_with_the_same_result():
