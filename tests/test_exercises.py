@@ -157,6 +157,13 @@ def nearest_frame(times, length, step, start=0): return np.abs(times[:, None] - 
 def jump_each(wanted, keys): return 1 + wanted.max(), sum(i - keys[keys <= i].max() + 1 for i in wanted)
 
 
+def called_against_one_half(share, labels, sources):
+    "The overall share is not one half wherever one stream is the better one everywhere."
+    from mbd.dominance import groups, share_interval
+    low, high, _ = share_interval(share, torch.ones_like(share), labels, sources, int(labels.max()) + 1, resamples=300)
+    return np.mean([group != "balanced" for group in groups(low, high, .5)])
+
+
 MISTAKES = [
     ("02", "1", [nearest_frame], "not shown yet"),
     ("02", "1b", ["a"], "how far"),
@@ -173,6 +180,7 @@ MISTAKES = [
     ("05", "1", [lambda a, b: max(0, min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])) * max(0, min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])) / (a[2] * a[3])], "change places"),
     ("05", "2", [lambda period, stride: stride / period % 1], "half a turn"),
     ("05", "4", [lambda seed, epoch, video: np.random.default_rng(seed + epoch + video)], "same numbers"),
+    ("05", "4", [lambda seed, epoch, video: np.random.default_rng(seed*10_000 + epoch*100 + video)], "same numbers"),
     ("05", "4", [lambda *key, draw=np.random.default_rng(0): draw], "order of asking"),
     ("05", "5", [{"PushUpsSlow", "PushUpsFast"}], "mirrored video"),
     ("05", "5", [{"Cartwheel"}], "is no class"),
@@ -193,6 +201,7 @@ MISTAKES = [
     ("09", "2", ["rises"], "where it is wrong"),
     ("09", "3", [[(0.9, 0.1)]], "should say global"),
     ("09", "4", [0.05, 0.05], "by video is too low"),
+    ("09", "4b", [called_against_one_half], "leaves out the share of all videos"),
     ("10", "1", [gradient_without_square], "squared"),
     ("10", "1", [lambda s, t, T: -T * ((s / T).softmax(1) - (t / T).softmax(1))], "sign"),
     ("10", "2", [tossed], "balanced"),

@@ -358,7 +358,7 @@ def _(losses):
 
 @of("05", "4")
 def _(generator_of):
-    keys = list(itertools.product(range(8), range(8), range(12)))
+    keys = list(dict.fromkeys([*itertools.product(range(8), range(8), range(12)), *itertools.product((0, 1, 10, 100, 1000), (0, 1, 10, 100, 300), (0, 1, 10, 100, 1000, 10_000, 250_000))]))      # sums of products collide where numbers are large
     first = {key: _given(generator_of(*key)).random(3).tolist() for key in keys}
     if any(generator_of(*key).random(3).tolist() != first[key] for key in keys[::-7]): raise Wrong("asked again, the same seed, epoch and video draw other numbers: something depends on the order of asking")
     seen = {}
@@ -669,8 +669,9 @@ def _(by_source, by_video):
 
 @of("09", "4b")
 def _(called):
-    for seed in (101, 102, 103):
+    for seed, shift in itertools.product((101, 102), (0.0, 0.8)):      # one stream may be the better one everywhere: that is no direction
         share, labels, sources = no_dominance(seed)
+        share = torch.sigmoid(torch.logit(share) + shift)
         for names in (sources, [str(i) for i in range(len(sources))]):
             got, want = _number(called(share, labels, names)), _called(share, labels, names)
             if abs(got - want) <= 1 / 8 + 1e-9: continue                  # another number of resamples may turn one class
