@@ -484,6 +484,36 @@ def test_a_model_of_another_kind_is_named(folder, found, kind):
     with pytest.raises(ValueError, match=f"config.json belongs to a model of another kind .*{kind}"): load(folder)
 
 
+def test_a_model_of_another_kind_is_never_overwritten(tmp_path):
+    theirs = {"config.json": b'{"model_type": "videomae"}', "model.safetensors": b"weights", "README.md": b"my page"}
+    for name, text in theirs.items(): (tmp_path/name).write_bytes(text)
+    with pytest.raises(ValueError, match="videomae.*a folder of its own"): make().save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == theirs
+    (tmp_path/"config.json").unlink()
+    make().save(tmp_path)
+    assert (tmp_path/"model.safetensors").read_bytes() == b"weights"      # the usual name of everybody's weights
+
+
+def test_a_changed_stream_is_refused_however_its_parent_is_registered():
+    from mbd.global_stream import DividedStream
+    class Doubled(DividedStream): pass
+    class Longer(LocalStream): pass
+    divided = next(n for n, e in BACKBONES.items() if getattr(e.build, "func", None) is DividedStream)
+    for parent, name in ((Doubled, divided), (Longer, "long_cnn")):
+        stream = build_stream(name, 3)
+        model_module._describe(stream)
+        stream.__class__ = parent
+        with pytest.raises(ValueError, match=f"a {parent.__name__} is no registered backbone"): model_module._describe(stream)
+
+
+@pytest.mark.parametrize("key", ["local_view", "global_view"])
+@pytest.mark.parametrize("change", [dict(size=10**6), dict(frames=10**9), dict(size=2.5)])
+def test_a_checkpoint_cannot_ask_for_clips_that_fill_the_memory(folder, key, change):
+    view = json.loads((folder/"config.json").read_text())[key]
+    config(folder, **{key: view | change})
+    with pytest.raises(ValueError, match=f"{key} is .*whole numbers, of no more than"): load(folder)
+
+
 # ---- by way of the hub, which is a folder here
 
 @pytest.fixture
@@ -530,6 +560,15 @@ def test_from_a_local_folder_without_the_hub(tmp_path, hub):
     assert same(MBD.from_pretrained(tmp_path / "m"), model) and same(MBD.from_pretrained(str(tmp_path / "m")), model) and not hub[2]
     (tmp_path / "m/config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="config.json"): MBD.from_pretrained(tmp_path / "m")
+
+
+def test_saved_under_its_other_name_a_save_that_is_cut_off_leaves_the_old_model(tmp_path, monkeypatch):
+    model = make(); model.save_pretrained(tmp_path)
+    other = make(); other.temperature.fill_(2.)
+    with monkeypatch.context() as power:
+        power.setattr(os, "replace", lambda *_: 1/0)
+        with pytest.raises(ZeroDivisionError): other.save_pretrained(tmp_path)
+    assert same(load(tmp_path), model)
 
 
 def test_a_model_can_be_copied_with_what_it_carries():
@@ -603,8 +642,8 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(folder, monkey
 
 
 def test_only_what_a_save_leaves_behind_is_removed(folder):
-    kept = ["model.pt", "notes.txt", "model-best.safetensors", "optimizer.safetensors", ".config.backup", "model-0123456789abcdef.safetensors.txt"]
-    for name in [*kept, "model.safetensors", "model-0123456789abcdef.safetensors", ".model.123.part", ".config.123.part", ".card.123.part"]: (folder / name).write_text("x")
+    kept = ["model.pt", "notes.txt", "model-best.safetensors", "optimizer.safetensors", ".config.backup", "model-0123456789abcdef.safetensors.txt", "model.safetensors"]
+    for name in [*kept, "model-0123456789abcdef.safetensors", ".model.123.part", ".config.123.part", ".card.123.part"]: (folder / name).write_text("x")
     save(make(7), folder)
     assert sorted(p.name for p in folder.iterdir()) == sorted([*kept, "README.md", "config.json", words(folder)["weights"]])
 
