@@ -176,7 +176,7 @@ def _colour(clip, where):
     if where.randaugment:
         count, magnitude, seed = where.randaugment
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.random.default_generator.manual_seed(seed)      # `torch.manual_seed` would move a GPU's numbers too
             clip = v2.RandAugment(count, magnitude)(clip)
     return clip
 
@@ -608,7 +608,7 @@ class Batches:
 def batches(
     data, # a ClipDataset
     batch_size, # clips a batch
-    shuffle=False, # new order each epoch, from the data set's seed and epoch; drops a last batch that is too small to normalise
+    shuffle=False, # new order each epoch, from the data set's seed and epoch; an incomplete last batch is dropped
     workers=0, # loader processes; 0 reads in this one
     part=(0, 1), # (rank, processes) where several read one data set: of a shuffled batch a stretch, of fixed cuts a stretch of the videos
     pin_memory=False, # put batches where a GPU copies from faster

@@ -20,7 +20,7 @@ from . import global_stream          # its backbones enter the registry
 from .clips import GLOBAL_VIEW, LOCAL_VIEW, View
 from .dominance import DominanceMap
 from .fusion import FUSIONS, MeanFusion, build_fusion
-from .local_stream import BACKBONES, StreamOutput, find_backbone
+from .local_stream import BACKBONES, StreamOutput, find_backbone, sketched
 
 # %% ../nbs/12_model.ipynb #a06fff60
 @dataclass
@@ -67,19 +67,16 @@ class MBD(nn.Module, ModelHubMixin):
 FORMAT = 2                               # of the checkpoint; raised when older code could not read it
 LATER = {"features": "mbd.features"}     # backbones of later chapters, and the module that registers them
 
-def _made_by(build, config):
-    "The class that a registered backbone is of; None where it cannot be told without its weights."
-    if isinstance(made := getattr(build, "func", build), type): return made      # func: of a partial
-    options = dict(config)
-    try:
-        with torch.device("meta"): return type(build(options.pop("num_classes"), **options))
-    except Exception: return None      # one that cannot live there, or wants a file
+def _made_by(name, config):
+    "The class that a registered backbone is of; None where it cannot be told without a file."
+    if isinstance(made := getattr(BACKBONES[name].build, "func", BACKBONES[name].build), type): return made      # func: of a partial
+    try: return type(sketched(name, **config))
+    except Exception: return None
 
 def _describe(stream):
     "What a checkpoint says of a stream. Raises ValueError if nothing could rebuild it."
     name = vars(stream).get("backbone") or next((n for n, entry in BACKBONES.items() if entry.build is type(stream)), getattr(stream, "backbone", None))
-    build = BACKBONES[name].build if name in BACKBONES else None
-    if build is None or _made_by(build, stream.config) not in (None, type(stream)): raise ValueError(f"a {type(stream).__name__} is no registered backbone, so no checkpoint could bring it back: register it (mbd.local_stream.register)")
+    if name not in BACKBONES or _made_by(name, stream.config) not in (None, type(stream)): raise ValueError(f"a {type(stream).__name__} is no registered backbone, so no checkpoint could bring it back: register it (mbd.local_stream.register)")
     return dict(name=name, config=dict(stream.config), seen=sorted(getattr(stream, "seen", ())))
 
 # %% ../nbs/12_model.ipynb #4c5f0002

@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from . import global_stream          # its backbones enter the registry
 from .clips import View
 from .datasets import has_seen
-from .local_stream import build_stream, find_backbone, stream_view
+from .local_stream import build_stream, evaluating, find_backbone, sketched, stream_view
 from .settings import nearest
 from .throughput import Report, machine
 
@@ -35,16 +35,15 @@ def count_cost(
     "Parameters and operations of a stream as it is."
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    was, view = stream.training, torch.zeros(1, *shape, device=next(stream.parameters()).device)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: stream.eval()(view)
-    stream.train(was)
+    view = torch.zeros(1, *shape, device=next(stream.parameters()).device)
+    with evaluating(stream), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: stream(view)
     return Cost(sum(p.numel() for p in stream.parameters()), counter.get_total_flops() / 1e9)
 
 # %% ../nbs/12_pairs.ipynb #f53fc356
 @functools.lru_cache(None)
-def _count(name, frames, size, num_classes, options):
+def _count(build, frames, size, num_classes, options):      # not by name: a cell that is run again registers another network under it
     def count(device):
-        with torch.device(device): return count_cost(find_backbone(name)[0].build(num_classes, **dict(options)), 3, frames, size, size)
+        with torch.device(device): return count_cost(build(num_classes, **dict(options)), 3, frames, size, size)
     try: return count("meta")
     except (RuntimeError, TypeError) as error:
         if "meta" not in str(error): raise
@@ -61,7 +60,7 @@ def stream_cost(
     entry, trained = find_backbone(name, weights)
     view, trained = view or stream_view(name, weights), trained or next(iter(entry.weights.values()), None)
     options = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(options.items()))
-    return _count(name, view.frames, view.size, num_classes or (trained.classes if trained else 10), options)
+    return _count(entry.build, view.frames, view.size, num_classes or (trained.classes if trained else 10), options)
 
 # %% ../nbs/12_pairs.ipynb #03d975d9
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def make_streams(
     if unknown: raise ValueError(f"files: {sorted(unknown)[0]!r} is no stream; {nearest(sorted(unknown)[0], ['local', 'global'])}")
     for name, side, view in (("local", pair.local, local_view), ("global", pair.global_, global_view)):
         own, view = side.view, view or side.view
-        with torch.device("meta"): config = getattr(find_backbone(side.backbone)[0].build(num_classes), "config", {})
+        config = getattr(sketched(side.backbone, num_classes), "config", {})
         options = {key: getattr(view, key) for key in ("frames", "size") if key in config and getattr(view, key) != getattr(own, key)}
         built.append(build_stream(side.backbone, num_classes, side.weights, files.get(name), **options)); views.append(view)
     return *built, *views

@@ -18,8 +18,9 @@ import torch, torch.nn.functional as F
 from . import settings, training, video
 from .clips import _clip, _step, draw, frame_rate, sample
 from .global_stream import GlobalStream, attention_weights
-from .local_stream import build_stream
+from .local_stream import build_stream, evaluating
 from .model import MBD
+from .scanning import _cut_off
 
 # %% ../nbs/15_prediction.ipynb #15a00006
 DEMO_CLASSES, DEMO_VIDEOS, DEMO_DIFFICULTY = ("PushUpsSlow", "PushUpsFast", "SameHand", "OtherHand"), 480, .3
@@ -42,9 +43,10 @@ def demo_model(
     progress=None, # called with (steps done, steps in all) for each stream
 ) -> Path: # the checkpoint
     "A small model of four generated classes, for trying out: made once, in a minute or two, then found. It knows nothing of real videos. Raises ValueError where no folder is known."
+    from mbd import miniactions
     folder = folder or settings.load().data.get("miniactions")
     if folder is None: raise ValueError("no folder is known for generated videos: give one, or set miniactions under [data] in settings.ini")
-    checkpoint = Path(folder)/"demo-model"
+    checkpoint = Path(folder)/f"demo-model-{miniactions.VERSION}"
     if (checkpoint/"config.json").is_file(): return checkpoint
     data, classes = _demo_parts(Path(folder))
     torch.manual_seed(0)
@@ -61,13 +63,17 @@ def demo_model(
 # %% ../nbs/15_prediction.ipynb #15a00011
 SPREAD = 6.      # seconds of a window for views that are spread over the video
 
+def _needed(model, rate):
+    "Frames that the dense views reach over; 0 where there are none."
+    return max((int((v.frames - 1)*_step(v, rate) + .5) + 1 for v in (model.local_view, model.global_view) if v.sampling == "dense"), default=0)
+
 def window_length(
     model, # an MBD
     rate, # frames per second of the video
 ) -> int: # frames
     "How much of a video the model looks at in one go."
-    views = [v for v in (model.local_view, model.global_view) if v.sampling != "shared"]
-    return max(int((v.frames - 1)*_step(v, rate) + .5) + 1 if v.sampling == "dense" else max(1, round(SPREAD*rate)) for v in views)
+    spread = any(v.sampling not in ("dense", "shared") for v in (model.local_view, model.global_view))
+    return max(_needed(model, rate), max(1, round(SPREAD*rate)) if spread else 0)
 
 # %% ../nbs/15_prediction.ipynb #15a00014
 def _clips(window, views, rate):
@@ -79,10 +85,13 @@ def _clips(window, views, rate):
     return [_clip(frames, np.searchsorted(wanted, index), view, where) for index, view in zip(times, views)], times, where
 
 # %% ../nbs/15_prediction.ipynb #15a00017
-def _check_length(path, window, times, views):
+def _check_length(path, window, times, views, rate):
     "Raise ValueError where more than half of a stream's clip would be repeated frames."
     for name, index, view in zip(("local", "global"), times, views):
-        if 2*len(np.unique(index)) < view.frames: raise ValueError(f"{path}: {window.count} frames are too few: the {name} stream reads {view.frames}, and only {len(np.unique(index))} of them would differ. Give a longer video, or a model with shorter views")
+        differ = len(np.unique(index))
+        if 2*differ >= view.frames: continue
+        if view.seconds and _step(view, rate) < 1: raise ValueError(f"{path}: at {rate:g} frames per second they are too far apart: the {name} stream reads {view.frames}, one every {view.seconds:.3g} s, and only {differ} of them would differ. Give a video of more frames per second, or say how many it really has (rate)")
+        raise ValueError(f"{path}: {window.count} frames are too few: the {name} stream reads {view.frames}, and only {differ} of them would differ. Give a longer video, or a model with shorter views")
 
 # %% ../nbs/15_prediction.ipynb #15a0001a
 @torch.no_grad()
@@ -194,6 +203,7 @@ def predict(
     "What the model says of a video, whole and along its time. Memory does not grow with the video's length. Raises VideoError where it cannot be read, ValueError where it is too short or a number impossible."
     for name, value in (("step", step), ("rate", rate), ("batch_size", batch_size)):
         if value is not None and not 0 < value < float("inf"): raise ValueError(f"{name} must be above 0, not {value!r}")
+    if batch_size != int(batch_size): raise ValueError(f"batch_size must be a whole number, not {batch_size!r}")
     begun, path, views, device = time.perf_counter(), Path(video_file), (model.local_view, model.global_view), next(model.parameters()).device
     rate = rate or frame_rate(path)
     length, total = window_length(model.eval(), rate), _declared(path, rate)
@@ -202,18 +212,19 @@ def predict(
         try:
             for window in video.sliding_windows(path, length, step and max(1, round(step*rate))):
                 clips, times, _ = _clips(window, views, rate)
-                if not begins: _check_length(path, window, times, views)
+                if not begins: _check_length(path, window, times, views, rate)
                 begins.append(window.begin); batch.append(clips); end = window.begin + window.count
                 if len(batch) == batch_size: answers = _joined(answers, _ask(model, batch, each)); batch = []
-                if progress: progress(end, max(end, total))
+                if progress: progress(end, total and max(end, total))
         except video.VideoError as error:
             if not begins: raise
             problem = error.problem
         if batch: answers = _joined(answers, _ask(model, batch, each))
     if progress: progress(end, end)
+    problem = problem or _cut_off(path)      # an AVI may end early without an error
     windows, whole, shares, share = _tables(model, answers)
     return Prediction(path, model.classes, rate, np.array(begins), length, end, windows, whole, shares, share, model.map and model.map.reference,
-                      time.perf_counter() - begun, str(device), list(_notes(model, problem, max(0, length - end))))
+                      time.perf_counter() - begun, str(device), list(_notes(model, problem, max(0, _needed(model, rate) - end))))
 
 # %% ../nbs/15_prediction.ipynb #15a0002f
 def describe(self: Prediction,
@@ -227,7 +238,7 @@ def describe(self: Prediction,
     lean = self.share and ("local" if self.share.low > self.reference else "global" if self.share.high < self.reference else "to neither stream clearly")
     share = "not measured (the model has no map)" if self.share is None else f"{self.share.value:.2f} [{self.share.low:.2f}, {self.share.high:.2f}], leans {lean} (streams overall: {self.reference:.2f}; the interval is that of the map, 95 % over its sources)"
     who = {"both": "both streams, they agree", "local": "the local stream; the global one alone says otherwise", "global": "the global stream; the local one alone says otherwise", "neither": "neither stream alone, only both together"}[self.decided]
-    return "\n".join([f"{self.path.name}: {self.duration:.2f} s, {self.frames} frames, {len(self.begin)} window{'s' if len(self.begin) > 1 else ''} of {self.length/self.rate:.2f} s", "",
+    return "\n".join([f"{self.path.name}: {self.duration:.2f} s, {self.frames} frames, {len(self.begin)} window{'s' if len(self.begin) > 1 else ''} of {min(self.length, self.frames)/self.rate:.2f} s", "",
         f"{'answer':{width}}   fused   local  global", *rows, "", *alone, f"share of the local stream: {share}", f"decided by {who}; weight of the local stream in the fusion: {self.whole['weight']:.2f}",
         f"speed: {self.duration:.1f} s of video in {self.seconds:.2f} s, {self.duration/self.seconds:.1f} times real time (decoding included, {self.device})", *(f"note: {note}" for note in self.notes)])
 
@@ -249,15 +260,13 @@ def gradient_activation(
     stage=None, # name of the map; None: the last but one
 ) -> tuple: # (B, T', H', W') evidence for the class, 0 for the lower half of a clip's places; the stage's name
     "Gradient times activation on a stage's map, from the clip's mean activation and above its median place. Raises ValueError for a stage that is unknown or that the answer does not depend on."
-    training_mode, clip = stream.training, clip.detach().clone().requires_grad_()
-    try:
-        with torch.enable_grad():
-            output = stream.eval()(clip)
-            index, names = torch.as_tensor(target, device=clip.device).expand(len(clip)), list(output.stages)
-            if stage is not None and stage not in names: raise ValueError(f"the stream has no stage {stage!r}; {settings.nearest(stage, names)}")
-            name = stage or names[max(0, len(names) - 2)]
-            found = _gradient(output.logits.gather(1, index[:, None]).sum(), output.stages[name])
-    finally: stream.train(training_mode)
+    clip = clip.detach().clone().requires_grad_()
+    with evaluating(stream), torch.enable_grad():
+        output = stream(clip)
+        index, names = torch.as_tensor(target, device=clip.device).expand(len(clip)), list(output.stages)
+        if stage is not None and stage not in names: raise ValueError(f"the stream has no stage {stage!r}; {settings.nearest(stage, names)}")
+        name = stage or names[max(0, len(names) - 2)]
+        found = _gradient(output.logits.gather(1, index[:, None]).sum(), output.stages[name])
     if found is None or not found.any(): raise ValueError(f"the answer does not depend on stage {name!r}; choose another of {', '.join(names)}")
     features = output.stages[name].detach()
     e = ((features - features.mean((2, 3, 4), keepdim=True))*found).sum(1)
@@ -266,7 +275,7 @@ def gradient_activation(
 # %% ../nbs/15_prediction.ipynb #15a00046
 @torch.no_grad()
 def attention_rollout(
-    stream, # a `GlobalStream`: every token reads every other
+    stream, # a `GlobalStream`: every token reads every other; left in the mode it was in
     clip, # (B, 3, T, H, W)
 ) -> torch.Tensor: # (B, T', H', W'), sums to 1
     "How much the last tokens are made of each place of the first ones. Raises ValueError for other kinds of networks."
@@ -274,7 +283,8 @@ def attention_rollout(
     attentions = []
     note = lambda block, given: attentions.append(attention_weights(*block.queries_keys_values(given[0])[:2]).mean(1))
     hooks = [block.register_forward_pre_hook(note) for block in stream.blocks]
-    try: shape = next(reversed(stream(clip).stages.values())).shape[2:]
+    try:
+        with evaluating(stream): shape = next(reversed(stream(clip).stages.values())).shape[2:]
     finally:
         for hook in hooks: hook.remove()
     rolled = torch.eye(attentions[0].shape[-1], device=clip.device)
@@ -303,7 +313,7 @@ def _at_times(evidence, index, wanted):
 def explain(
     video_file, # path of a video
     model, # an MBD
-    begin=0, # frame at which the window begins, such as prediction.begin[prediction.surest]
+    begin=0, # frame at which the window begins (earlier where the video would end in it), such as prediction.begin[prediction.surest]
     target=None, # name of the class; None: the fused answer in this window
     shown=8, # frames
     rate=None, # frames per second; None: as the file says
@@ -314,7 +324,7 @@ def explain(
     windows = video.sliding_windows(video_file, window_length(model.eval(), rate), first=begin)
     window = next(windows)
     pair, times, where = _clips(window, views, rate)
-    _check_length(video_file, window, times, views)
+    _check_length(video_file, window, times, views, rate)
     device, kind = next(model.parameters()).device, next(model.parameters()).dtype
     pair = [clip[None].to(device, kind) for clip in pair]
     with torch.no_grad(): k = int(model(*pair).fused.argmax()) if target is None else model.classes.index(target)
@@ -388,7 +398,9 @@ def save(
         if evidence is not None:
             figures["answer"] = plots.prediction_strip(evidence.frames, prediction.classes, *(prediction.whole[name] for name in ("local", "global", "fused", "weight")), top=5, title=prediction.path.name, banner=banner)
             figures["evidence"] = plots.evidence_strip(evidence.frames, evidence.times, evidence.local, evidence.global_, f"{prediction.path.name}: evidence for {evidence.target} ({evidence.stages[0]}, {evidence.stages[1]})", banner=banner)
-        for name, figure in figures.items(): figure.savefig(folder/f"{name}.png")
+        for name in ("share", "timeline", "answer", "evidence"):
+            if name in figures: figures[name].savefig(folder/f"{name}.png")
+            else: (folder/f"{name}.png").unlink(missing_ok=True)      # of another video that was looked at before
     about = {"video": prediction.path.name, "seconds": prediction.duration, "windows": len(prediction.begin), "top5": prediction.top(5), "local": prediction.top(5, "local"), "global": prediction.top(5, "global"),
              "share": prediction.share and prediction.share._asdict(), "reference": prediction.reference, "decided": prediction.decided, "weight": prediction.whole["weight"], "took": prediction.seconds, "device": prediction.device, "notes": prediction.notes}
     (folder/"prediction.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

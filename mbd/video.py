@@ -7,7 +7,7 @@ __all__ = ['VideoError', 'write_video', 'FrameIndex', 'cache_folder', 'scan', 'n
            'dense_clip', 'uniform_segments', 'multi_view', 'Window', 'sliding_windows']
 
 # %% ../nbs/02_video.ipynb #422a9ece
-import base64, contextlib, functools, hashlib, json, multiprocessing, operator, os, re, threading, zlib
+import base64, contextlib, functools, hashlib, json, math, multiprocessing, operator, os, re, threading, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +50,7 @@ def write_video(
     frames, path = np.asarray(frames), Path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"{path.name}: frames must be uint8 (T, H, W, 3) with T >= 1, not {frames.dtype} {frames.shape}")
+    if not 0 < fps < math.inf: raise ValueError(f"{path.name}: fps must be above 0, not {fps!r}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"{path.name}: height and width must be even for yuv420p, not {frames.shape[1]} x {frames.shape[2]}; crop or pad one row or column")
     if path.suffix.lower() not in _CODERS: raise ValueError(f"{path.name}: cannot write {path.suffix!r}; choose one of {', '.join(_CODERS)}")
@@ -430,23 +431,26 @@ def multi_view(
 # %% ../nbs/02_video.ipynb #5ad0c1e2
 @dataclass
 class Window:
-    "A stretch of a video whose frames are at hand, until the next one is asked for; `sliding_windows` makes it."
+    "A stretch of a video whose frames are at hand until the next one is asked for; `sliding_windows` makes it."
     begin: int     # number of its first frame in the video
     count: int     # its frames
     size: tuple    # (H, W) of a frame
     held: deque    # the frames as decoded
 
+    def __post_init__(self): self._last = self.held[-1]
+
     def read(self,
         indices, # which frames, counted from the window's first
     ) -> np.ndarray: # uint8 (len(indices), H, W, 3), RGB
-        "Some of its frames."
+        "Some of its frames. Raises RuntimeError once the next window was asked for: other frames are held then."
+        if not self.held or self.held[-1] is not self._last: raise RuntimeError(f"the window that begins at frame {self.begin} has passed: read each one before the next is asked for")
         return np.stack([_rgb(self.held[i], self.size) for i in indices])
 
 def sliding_windows(
     path, # a video file of any length
     length, # frames in a window
     step=None, # frames from one window to the next; by default windows follow each other end to end
-    first=0, # frame at which the first one begins
+    first=0, # frame at which the first one begins; where the video ends in it, it begins earlier and is whole
 ):
     "Yield the `Window`s of a video, decoding it once and holding one. Of a video shorter than a window there is one, with all its frames. Raises VideoError; where decoding breaks off, after the last window before."
     (length, step), (first,) = _whole(1, length=length, step=length if step is None else step), _whole(0, first=first)

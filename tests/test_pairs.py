@@ -86,6 +86,19 @@ def test_a_network_that_cannot_live_without_memory_is_run(own):
 
 # ---- the table
 
+def test_a_cell_that_is_run_again_is_counted_anew(own):
+    def cell(width): register("mine", "local", View(4, 1, 8))(lambda num_classes: LocalStream(num_classes, (width,), (3,)))
+    cell(8); few = stream_cost("mine")
+    cell(64); assert stream_cost("mine").parameters > 4*few.parameters
+
+
+def test_a_run_can_use_a_network_that_cannot_live_without_memory(own):
+    @register("counting", "local", View(4, 1, 8))
+    class Counting(LocalStream):
+        def __init__(self, num_classes): super().__init__(num_classes, (4,), (3,)); self.count = float(torch.ones(3).sum().item())
+    assert make_streams(Pair("miniactions", "own", Side("counting"), Side("hand_transformer"), ""), 3)[0].count == 3.
+
+
 def test_every_data_set_has_a_default_and_it_comes_first():
     assert list(PAIRS) == ["ucf101", "hmdb51", "kinetics400", "ssv2", "miniactions"]
     for name, pairs in PAIRS.items():

@@ -58,6 +58,18 @@ def folder(tmp_path_factory):
 
 # ---- windows
 
+def test_frames_spread_over_a_short_video_are_not_held(folder):
+    found = predict(folder / "film.mp4", make(views=(VIEWS[0], View(4, size=16, sampling="segments"))))
+    assert not any("held" in note for note in found.notes) and "1 window of 4.00 s" in str(found)
+
+
+def test_too_few_frames_a_second_are_named(tmp_path):
+    model = make(views=(View(6, size=16, seconds=1/15), VIEWS[1]))
+    slow = write_video(tmp_path/"slow.mp4", film(60), fps=2)
+    with pytest.raises(ValueError, match=r"slow.mp4: at 2 frames per second.*the local stream reads 6, one every 0.0667 s, and only [12] of them.*more frames per second.*\(rate\)"): predict(slow, model)
+    assert predict(slow, model, rate=25).frames == 60
+
+
 @pytest.mark.parametrize("length, step, begins", [(30, None, [0, 30, 60, 70]), (32, None, [0, 32, 64]), (25, None, [0, 25, 50, 75]), (30, 20, [0, 20, 40, 60, 70]), (30, 50, [0, 50, 70]), (100, None, [0]), (80, None, [0]), (79, None, [0, 21]), (70, None, [0, 30])])
 def test_windows_cover_the_video_but_for_a_small_rest(folder, length, step, begins):
     frames, seen = video.read_video(folder / "film.mp4"), []
@@ -65,6 +77,13 @@ def test_windows_cover_the_video_but_for_a_small_rest(folder, length, step, begi
         seen.append(w.begin)
         assert (w.count, w.size) == (length, (32, 40)) and np.array_equal(w.read([0, length - 1, 1]), frames[[w.begin, w.begin + length - 1, w.begin + 1]])
     assert seen == begins and 100 - (begins[-1] + length) <= length / 4
+
+
+def test_a_window_that_has_passed_gives_no_other_frames(folder):
+    windows = sliding_windows(folder / "film.mp4", 31)
+    first, second = next(windows), next(windows)
+    with pytest.raises(RuntimeError, match="the window that begins at frame 0 has passed"): first.read([0])
+    assert np.array_equal(second.read([0])[0], video.read_video(folder / "film.mp4")[31])
 
 
 def test_windows_of_a_short_video_and_from_a_later_frame(folder):
@@ -156,6 +175,13 @@ def test_progress_ends_at_the_end(folder):
     assert seen[0] == (11, 100) and seen[-1] == (99, 99) and [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
+def test_where_the_file_does_not_say_how_long_it_is_progress_does_not_either(folder, monkeypatch):
+    monkeypatch.setattr(prediction, "_declared", lambda *_: 0); seen = []
+    predict(folder / "film.mp4", make(), progress=lambda done, total: seen.append(total))
+    assert set(seen[:-1]) == {0} and seen[-1] == 99
+    with pytest.raises(ValueError, match="batch_size must be a whole number, not 2.5"): predict(folder / "film.mp4", make(), batch_size=2.5)
+
+
 def test_who_decided():
     def whole(local, global_, fused): return prediction.Prediction(Path("x"), CLASSES, 25., np.array([0]), 11, 11, {}, {n: np.eye(3)[i] for n, i in (("local", local), ("global", global_), ("fused", fused))}, None, None, None).decided
     assert [whole(0, 0, 0), whole(0, 1, 0), whole(0, 1, 1), whole(0, 1, 2)] == ["both", "local", "global", "neither"]
@@ -209,6 +235,8 @@ def test_what_is_kept(folder, tmp_path):
         assert float(rows[3][found.classes[0]]) == pytest.approx(found.windows["fused"][3][0], abs=1e-4)
     one = predict(folder / "one.mp4", make())
     assert {p.name for p in prediction.save(one, tmp_path / "one")} == {"prediction.json", "timeline.csv", "share.png"}
+    prediction.save(one, tmp_path / "out")                       # nothing of the video before stays beside it
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"prediction.json", "timeline.csv", "share.png"}
 
 
 def test_a_long_timeline_is_drawn_as_means():
@@ -233,6 +261,12 @@ def test_a_video_a_little_too_short_says_so(folder):
     found = predict(folder / "nearly.mp4", make())
     assert "the video is 2 frames shorter than what the model looks at: its last frame was held" in found.notes and found.frames == 9
     assert explain(folder / "nearly.mp4", make()).times[-1] <= 8 / 25
+
+
+def test_a_file_that_ends_early_without_an_error_says_so(folder, tmp_path):
+    whole = write_video(tmp_path/"whole.avi", film(100)); (tmp_path/"part.avi").write_bytes(whole.read_bytes()[:whole.stat().st_size*2//3])
+    assert any("damaged" in note and "is cut off" in note for note in predict(tmp_path/"part.avi", make()).notes)
+    assert not any("damaged" in note for note in predict(whole, make()).notes)
 
 
 def test_damage_in_the_middle_ends_the_looking_and_not_the_answer(folder, monkeypatch):
@@ -359,6 +393,16 @@ def test_a_stream_is_left_in_the_mode_it_was_in():
     with torch.no_grad(): gradient_activation(stream.eval(), torch.randn(1, 3, 8, 32, 32), 0)
     for p in stream.parameters(): p.requires_grad_(False)
     assert not stream.training and gradient_activation(stream, torch.randn(1, 3, 8, 32, 32), 0)[0].sum() > 0
+
+
+def test_looking_leaves_every_part_in_its_mode():
+    plain = build_stream("hand_transformer", 3).train()
+    norms = [m for m in plain.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    norms[0].eval()                                              # frozen, in a stream that trains
+    before, modes = {k: v.clone() for k, v in plain.state_dict().items()}, [m.training for m in plain.modules()]
+    clip = torch.randn(1, 3, 8, 28, 28)
+    attention_rollout(plain, clip); gradient_activation(plain, clip, 0)
+    assert [m.training for m in plain.modules()] == modes and all(torch.equal(v, before[k]) for k, v in plain.state_dict().items())
 
 
 def test_evidence_on_the_frames(folder):

@@ -456,3 +456,8 @@ def test_a_video_that_is_a_list_of_other_files_opens_none_of_them(tmp_path, text
     (tmp_path / "holiday.mp4").write_text(text)
     with pytest.raises(VideoError, match="holiday.mp4"): read_frames(tmp_path / "holiday.mp4", [0])
     with pytest.raises(VideoError, match="holiday.mp4"): num_frames(tmp_path / "holiday.mp4")
+
+
+@pytest.mark.parametrize("fps", [0, -5, float("inf"), float("nan")])
+def test_a_video_needs_a_rate(tmp_path, fps):
+    with pytest.raises(ValueError, match="a.mp4: fps must be above 0"): write_video(tmp_path / "a.mp4", film(3), fps=fps)
