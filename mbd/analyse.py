@@ -133,6 +133,7 @@ class Predictions:
     classes: np.ndarray = None # (K,) text; None: not known
     probabilities: bool = False # the file holds probabilities; `block` takes their logarithm
     home: object = None # the temporary folder that goes away with this
+    part: str | None = None # whose rows these are; None: the file names no parts
     notes: list = field(default_factory=list) # what a reader of the report should know of the file
 
     def block(self,
@@ -194,13 +195,14 @@ def read(
     length, parts = len(next(iter(tables.values()))), columns.pop("part", None)
     if not length: _refuse(path, "there are no videos", "save at least a few dozen")
     rows = np.arange(length)
+    if parts is None and part not in ("test", "all"): _refuse(path, f"part {part!r} is asked for, and there is no column `part`", "save one, or ask for all rows")
     if parts is not None and part != "all":
         parts = _text(path, "part", parts, length)
         rows = np.flatnonzero(parts == part)
         if not len(rows): _refuse(path, f"no video of part {part!r}; parts are {_some(np.unique(parts))}", "choose one of these, or all")
     names = [name] if len(tables) == 1 else ["local", "global"]
     found = [_as_predictions(path, n, columns, table, rows, home) for n, table in zip(names, tables.values())]
-    for p in found: _check_numbers(p, tick)
+    for p in found: p.part = None if parts is None else part; _check_numbers(p, tick)
     return found
 
 # %% ../nbs/analyse.ipynb #b59c5247
@@ -470,14 +472,15 @@ def analyse(
     if second is not None and Path(first).exists() and Path(second).exists() and Path(first).samefile(second): raise ValueError(f"both files are {first}: a model compared with itself; give the second model's file, or this one alone if it holds both")
     pair = _read_pair(first, second, names, part, tick)
     n, k, sources = len(pair.ids), len(pair.classes), int(pair.sources.max()) + 1
-    if sources <= max(folds, 4): _refuse(first, f"{sources} sources in {n:,} videos, for {folds} folds", "a source is never cut: give more of them, or ask for fewer folds (at least 5 sources)")
+    if k > STACKING_UP_TO: pair.notes.append(f"stacking is not among the fusions: above {STACKING_UP_TO} classes it has more weights than it can be given videos")
+    if sources <= folds or sources - -(-sources // folds) < 4: _refuse(first, f"{sources} sources in {n:,} videos, for {folds} folds", "a source is never cut, and what is fitted needs four outside each fold: give more of them (six are enough for five folds)")
     state.total = 6 * n
     kept, right, log_p, choices, temperature, exits = _cross_fit(pair, folds, seed, most, costs, tick)
     s, dominance = _map(pair, [model.log_p[-1] for model in kept], seed)
     right["oracle"] = right["a"] | right["b"]
     top1, differences, only, units = _compare(right, pair, seed)
     curve, cascade = _cascade(exits, costs) if costs else (None, None)
-    result = {"kind": "analysis", "schema": 1, "names": list(pair.names), "videos": n, "classes": k, "sources": sources, "own_sources": pair.source_names is None, "part": part,
+    result = {"kind": "analysis", "schema": 1, "names": list(pair.names), "videos": n, "classes": k, "sources": sources, "own_sources": pair.source_names is None, "part": next((p.part for p in pair.models if p.part), None),
               "folds": folds, "seed": seed, "fitted_on_at_most": most, "top1": top1, "differences": differences, "only": only,
               "nll": {name: float(-values.mean(dtype=np.float64)) for name, values in log_p.items()}, "calibration": [_calibration(model, t[-1]) for model, t in zip(kept, temperature)],
               "choices": {role: dict(Counter(c[role] for c in choices)) for role in choices[0]}, "agreement": dict(zip(_WHO, agreement(right["a"], right["b"]).values())),
@@ -672,7 +675,7 @@ def page(
     image = lambda name, alt: f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(pictures[name]).decode()}">'
     points = "".join(f"<li>{html.escape(line)}</li>" for line in summary(found))
     notes = "".join(f"<li>{html.escape(n)}</li>" for n in [*r["notes"], *(f"{f['name']}: sha256 {f['sha256']}" for f in r["files"]),
-                    f"part {r['part']}, seed {r['seed']}, commit {r['commit']}, " + ", ".join(f"{n} {v}" for n, v in r["versions"].items() if n in ("python", "mbd-kit", "torch", "numpy"))])
+                    f"{'all rows' if r['part'] in (None, 'all') else 'part ' + r['part']}, seed {r['seed']}, commit {r['commit']}, " + ", ".join(f"{n} {v}" for n, v in r["versions"].items() if n in ("python", "mbd-kit", "torch", "numpy"))])
     exits = f"<h2>Early exit</h2>{image('early_exit', 'accuracy against cost')}" if "early_exit" in pictures else ""
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
             f"<title>{a} and {b}</title><style>{_STYLE}</style></head><body><h1>{a} and {b}</h1><p class=\"small\">Two models on the same {r['videos']:,} videos</p><ul>{points}</ul>"

@@ -131,10 +131,16 @@ def joined(found: list) -> list: # of (recipe, views, {split: [Line]})
 SPLITS = {"ucf101": 3, "hmdb51": 3, "kinetics400": 1, "ssv2": 1}
 TITLES = {"ucf101": "UCF101", "hmdb51": "HMDB51", "kinetics400": "Kinetics-400", "ssv2": "Something-Something V2"}
 
+def _counted(some):
+    "Videos found and expected of the test lists: of each split once, whatever the seeds; the fewest found, where they differ."
+    splits = {}
+    for line in some: splits[line.split] = min(splits.get(line.split, (line.found, line.expected)), (line.found, line.expected))
+    return tuple(map(sum, zip(*splits.values())))
+
 def unequal(some: list, splits=1) -> str:
     "In words, what keeps lines of one recipe from standing beside a benchmark number; 'nothing' if that is so."
     asked = json.loads(some[0].recipe) if not some[0].recipe.startswith("unknown") else {}
-    data, found, expected, whole = some[0].record["data"], sum(x.found for x in some), sum(x.expected for x in some), SPLITS[some[0].dataset]
+    data, (found, expected), whole = some[0].record["data"], _counted(some), SPLITS[some[0].dataset]
     return "; ".join(words for words, true in (
         ("half of the validation list", any(x.map_on_val for x in some)), (f"{expected - found:,} of {expected:,} videos missing", found < expected),
         ("a part of the lists", asked.get("train_videos") or asked.get("test_videos")), (f"{asked.get('labelled')} labels a class", asked.get("labelled")), (f"{splits} of {whole} splits", splits < whole), ("frozen backbones, whose cost is left out", "features" in data)) if true) or "nothing"
@@ -155,7 +161,7 @@ def _name(some):
     try: seen = sorted({name for side in _sides(line) for name in side}) if data["name"] != "miniactions" else []
     except ValueError: seen = ["?"]
     return f"{line.pair}{', from ' + ' + '.join(seen) if seen else ''} ({', '.join(sorted({line.about for line in some}))})"
-def _cost(some): return f"{some[0].gflops:.3g}", f"{some[0].parameters:.3g}", f"{sum(x.found for x in some)} of {sum(x.expected for x in some)}"
+def _cost(some): return f"{some[0].gflops:.3g}", f"{some[0].parameters:.3g}", "{} of {}".format(*_counted(some))
 
 # %% ../nbs/compare.ipynb #ca4e000f
 def _numbers(some):

@@ -349,10 +349,10 @@ def lesson_mask(
     sure_above: float = 0.0, # of videos without one, keep those on which the teacher's first choice has at least this probability; 0 keeps all
 ) -> torch.Tensor: # (B,), 1.0 where the lesson is worth giving
     "Which videos are worth a lesson. ValueError on labels that are no classes"
+    if labels.device.type == "cpu": _check_labels(labels.clamp_min(0), student_logits)      # a GPU would have to be waited for, in each step
     mask, known = torch.ones(len(labels), device=student_logits.device), labels >= 0
     if only_right_teacher: mask = mask * (((teacher_logits >= teacher_logits.gather(1, labels.clamp_min(0)[:, None])).sum(1) == 1) | ~known)
     if student_below < 1:
-        _check_labels(labels.clamp_min(0), student_logits)
         mask = mask * ((student_logits.detach().float().softmax(1).gather(1, labels.clamp_min(0)[:, None]).squeeze(1) < student_below) | ~known)
     if sure_above > 0: mask = mask * ((teacher_logits.detach().float().softmax(1).amax(1) >= sure_above) | known)
     return mask
@@ -486,6 +486,7 @@ class Distillation:
         _check_number("sure_above", self.sure_above, 0, 1, "it is a probability, and 0 teaches everywhere", open_high=True)
         _check_number("teacher_decay", self.teacher_decay, 0, 1, "0.99 averages over some 100 steps, 0.999 over 1000", open_low=True, open_high=True)
         if self.lesson != "other" and self.intermediate_weight > 0: raise ValueError(f"lesson={self.lesson!r} teaches the last layer only, and intermediate_weight is {self.intermediate_weight}: set it to 0")
+        if self.lesson == "dominant" and self.arm not in ("both", "none"): raise ValueError(f"lesson='dominant' is heard by both streams, and arm is {self.arm!r}: set it to 'both'. (With 'directed' it would be lesson='other': the dominant stream is taught nothing)")
         weight_at(0.0, self.warm_up, self.fade)
 
 # %% ../nbs/10_distillation.ipynb #64833583

@@ -63,6 +63,7 @@ def fit_temperature(
     bounds: tuple = (0.05, 20.0), # the temperature stays within
 ) -> float: # temperature T; calibrated logits are logits / T
     "Temperature that minimises the NLL of softmax(logits / T), with half a video of random label added (Guo et al. 2017; Platt 1999). ValueError on NaN"
+    if not 0 < bounds[0] < bounds[1]: raise ValueError(f"bounds must be two temperatures above 0, the smaller first, not {bounds!r}")
     z, y = _checked(logits, labels)
     if (z.amax(1) == z.amin(1)).all(): return 1.0                 # every answer uniform: any temperature is as good
     eps = 0.5 / (len(y) + 0.5)
@@ -265,8 +266,9 @@ class DominanceMap:
         lacking = [c for c in _COLUMNS if not rows or c not in rows[0]]
         if lacking: raise ValueError(f"{path}: not a dominance map, column {lacking[0]!r} is missing or there are no rows")
         column = lambda name, kind: [kind(row[name]) for row in rows]
-        return cls(column("class", str), column("n", int), column("num_sources", int), *(column(c, float) for c in ("share", "low", "high")),
-                   column("group", str), *(float(rows[0][c]) for c in ("reference", "prior", "confidence")))
+        try: return cls(column("class", str), column("n", int), column("num_sources", int), *(column(c, float) for c in ("share", "low", "high")),
+                        column("group", str), *(float(rows[0][c]) for c in ("reference", "prior", "confidence")))
+        except (TypeError, ValueError) as error: raise ValueError(f"{path}: a line of the map is cut off or holds no number ({error}); take a whole copy") from error
 
     def table(self) -> str:
         "The map as text, the most local class first"

@@ -9,8 +9,8 @@ __all__ = ['TEACHING', 'RECIPE', 'COMMON', 'PRESETS', 'EXPERIMENTS', 'FEATURES',
            'resolve', 'write_atomic', 'RecordError', 'plain', 'write_json', 'process_start', 'effective_status',
            'commit', 'code', 'versions', 'hardware', 'peak_memory_gib', 'seconds_in_words', 'check_record',
            'new_folder', 'RunFolder', 'load_predictions', 'Run', 'unfinished', 'parameters_of', 'start', 'read_runs',
-           'comparable', 'summary', 'model_cost', 'training_flops', 'subset', 'count_parts', 'progress_mode',
-           'Progress']
+           'comparable', 'summary', 'model_cost', 'clips_an_epoch', 'training_flops', 'subset', 'count_parts',
+           'progress_mode', 'Progress']
 
 # %% ../nbs/16_experiment.ipynb #a1f6cfa2
 import ast
@@ -485,6 +485,8 @@ def _check_step(parameters):
     if getattr(parameters, "labelled", 0) and teach.arm != "none":
         for name, means in (("mixup", parameters.mixup > 0), ("cutmix", parameters.cutmix > 0), ("final = decoupled", teach.final == "decoupled" and teach.final_weight > 0)):
             if means: raise ParameterError(f"labelled = {parameters.labelled}: {name} needs the label of every video; leave it off, or set labelled = 0")
+    if teach.lesson == "dominant" and max(getattr(parameters, "mixup", 0), getattr(parameters, "cutmix", 0)) > 0:
+        raise ParameterError("lesson = 'dominant' follows one label of a video, and mixed clips have two: set mixup and cutmix to 0")
     if not hasattr(parameters, "accumulate"):      # heads on stored features have no recipe
         return
     try:
@@ -503,6 +505,9 @@ def _fill(values, experiment, settings, device) -> SimpleNamespace:
     for name in {"reports", "local_weights", "global_weights"} & set(values):
         values[name] = values[name] and str(Path(values[name]).expanduser())
     _check_generated(values)
+    splits = READERS[experiment.data_name][1]
+    if values.get("split", 1) not in splits:
+        raise ParameterError(f"split = {values['split']}: {experiment.data_name} has {'one split only: leave it at 1' if len(splits) == 1 else 'the splits ' + ', '.join(map(str, splits))}")
     _check_map(values, experiment)
     _check_means(values, device)
     if "pair" in values:
@@ -828,6 +833,10 @@ def _shell():
     return ipython.get_ipython() if ipython is not None else None
 
 # %% ../nbs/16_experiment.ipynb #b9f276fd
+def _peaks():
+    return {"peak_memory_gib": peak_memory_gib(), **_gpu_memory()}
+
+
 class _Recorded(RunFolder):
     "A run folder with a record in it that is kept up to date while the process lives."
 
@@ -843,7 +852,7 @@ class _Recorded(RunFolder):
             self.record = earlier | now
         elif earlier:      # a run that goes on: what was, and for how long
             went = {n: earlier.get(n) for n in ("hardware", "processes", "versions", "commit")}
-            went |= {"begun": earlier.get("begun", earlier["started"]), "until": earlier.get("ended") or earlier["heartbeat"], "reason": earlier.get("reason", effective_status(earlier))}
+            went |= {"peaks": earlier.get("peaks", {}), "begun": earlier.get("begun", earlier["started"]), "until": earlier.get("ended") or earlier["heartbeat"], "reason": earlier.get("reason", effective_status(earlier))}
             self.record |= {"started": earlier["started"], "begun": _now(), "sessions": [*earlier.get("sessions", []), went], "stages": earlier.get("stages", [])}
         self._write()
         threading.Thread(target=self._beat, args=(heartbeat,), daemon=True).start()
@@ -856,9 +865,9 @@ class _Recorded(RunFolder):
         "Change the record in memory and on disk."
         with self.lock:
             if os.getpid() == self.pid:
-                record = plain({**self.record, **changes, "heartbeat": _now()})
+                record = plain({**self.record, "peaks": _peaks(), **changes, "heartbeat": _now()})
                 if record["status"] == "complete":      # nobody has to find the process any more
-                    del record["process"], record["heartbeat"]
+                    del record["process"], record["heartbeat"], record["peaks"]
                 if not self.looked_at or record["status"] == "complete":
                     write_json(self.folder / "result.json", record)
                 self.record = record
@@ -909,7 +918,10 @@ class Run(_Recorded):
 
     def complete(self, **blocks) -> dict:
         "Add the blocks of the result, check the record, and mark it complete. Raises RecordError, and stays as it is."
-        cost = {"seconds": round(time.monotonic() - self.begun, 3), "peak_memory_gib": peak_memory_gib(), **_gpu_memory(), **blocks.pop("cost", {})}
+        peaks = _peaks()
+        for before in (s.get("peaks") or {} for s in self.record.get("sessions", [])):      # a run that was killed took its memory, too
+            peaks |= {n: max(v, peaks.get(n) or 0.0) for n, v in before.items() if v is not None}
+        cost = {"seconds": round(time.monotonic() - self.begun, 3), **peaks, **blocks.pop("cost", {})}
         data = {**self.record["data"], **blocks.pop("data", {})}
         if (data["name"] == "miniactions") != self.generated:
             raise RecordError(f"data.name = {data['name']!r} in a run on {self.parameters.data} data")
@@ -952,6 +964,11 @@ def _at_exit():
         _current.fail(getattr(sys, "last_value", None) or "the program ended before run.complete()")
 
 
+def _let_go():
+    if _current is not None:
+        _current.fail("another run was started in the same process")
+
+
 def _watch(run):
     "From now on, exceptions of cells and the end of the process are noted in this run."
     global _current
@@ -960,8 +977,7 @@ def _watch(run):
         atexit.register(_at_exit)
         if shell is not None:
             shell.events.register("post_run_cell", _after_cell)
-    else:
-        _current.fail("another run was started in the same process")
+    _let_go()
     _current = run
 
 # %% ../nbs/16_experiment.ipynb #4c9df883
@@ -1039,6 +1055,7 @@ def start(
     if getattr(parameters, "deterministic", False):
         torch.use_deterministic_algorithms(True, warn_only=True)
     if main:
+        _let_go()      # before it is looked for: started again in the same notebook, it is the one to go on
         folder, passed = unfinished(parent, parameters) if getattr(parameters, "resume", False) else (None, "")
         earlier = folder and json.loads((folder / "result.json").read_text(encoding="utf-8"))
         folder = folder or new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{parameters.preset}-seed{parameters.seed}")
@@ -1061,11 +1078,13 @@ def start(
 def read_runs(
     folder,  # the report folder, or the folder of one experiment
 ) -> list:
-    "Records of all runs under a folder, sorted by path, each with its 'folder' and its effective 'status'."
+    "Records of all runs under a folder (not those of `mbd analyse`), sorted by path, each with its 'folder' and its effective 'status'."
     runs = []
     for path in sorted(Path(folder).glob("**/result.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            if record.get("kind") == "analysis":      # of `mbd analyse`: no run
+                continue
             record["status"] = effective_status(record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             record = {"status": "unreadable", "reason": f"{type(error).__name__}: {error}"}
@@ -1109,6 +1128,14 @@ def model_cost(
     shapes = shapes or {name: (3, view.frames, view.size, view.size) for name, view in views.items()}
     costs = {"local": count_cost(model.local, *shapes["local"]), "global": count_cost(model.global_, *shapes["global"])}
     return {"parameters": {n: c.parameters for n, c in costs.items()}, "gflops_per_view": {n: c.gflops for n, c in costs.items()}}
+
+
+def clips_an_epoch(
+    videos,  # of the training part
+    batch_size,
+) -> int:
+    "Clips that an epoch trains on: an incomplete last batch is left out, unless there is no other."
+    return videos // batch_size * batch_size or videos
 
 
 def training_flops(

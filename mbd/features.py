@@ -22,7 +22,7 @@ from .clips import LOCAL_VIEW, Augmentation, ClipDataset, View, protocol as clip
 from .datasets import Record, cut_parts
 from .distillation import Distillation
 from .evaluation import evaluate, paired_difference, top_k_correct
-from .local_stream import StreamOutput, build_stream, find_backbone, register, stream_view
+from .local_stream import StreamOutput, build_stream, evaluating, find_backbone, register, stream_view
 from .model import MBD
 from .settings import KitError
 from .training import Training
@@ -346,12 +346,13 @@ def extract(
     if not 0 <= i < n: raise ValueError(f"shard = {shard!r}: i/n needs 0 <= i < n")
     records = list(records)
     if n > len(records): raise ValueError(f"shard = {i}/{n}: there are {len(records)} videos only; ask for fewer shards")
-    place, was = store_folder(folder, dataset, stream.backbone, weights, protocol, augmented), stream.training
-    stream.eval().to(device)
-    index = _describe(records, stream, dataset, classes, view, protocol, augmented, weights, flip, augment, seed, expected or len(records))
-    _begin(place, index)
-    try: _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, unreadable or {}, progress)
-    finally: stream.train(was)
+    place, home = store_folder(folder, dataset, stream.backbone, weights, protocol, augmented), next(stream.parameters()).device
+    try:
+        with evaluating(stream.to(device)):
+            index = _describe(records, stream, dataset, classes, view, protocol, augmented, weights, flip, augment, seed, expected or len(records))
+            _begin(place, index)
+            _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, unreadable or {}, progress)
+    finally: stream.to(home)
     return place
 
 # %% ../nbs/14_features.ipynb #ad315f39
@@ -482,6 +483,7 @@ class FeatureDataset:
     ):
         for name in ("dataset", "classes", "protocol", "augmented"):
             if getattr(local, name) != getattr(global_, name): raise ValueError(f"the stores do not belong together: {name} is {str(getattr(local, name))[:200]} and {str(getattr(global_, name))[:200]}")
+        if local.augmented and any(local.index[name] != global_.index[name] for name in ("variation", "ids")): raise ValueError("the stores do not belong together: their augmented views were drawn in another way, or of another list, so the two streams would see different cuts of a video; store both with the same options")
         lacks = lambda r: next((store.unreadable.get(r.id, f"not in {store.folder.name}") for store in (local, global_) if r.id not in store.number or store._part[store.number[r.id]] < 0), None)
         self.unreadable = {r.id: why for r in records if (why := lacks(r))}
         self.records = [r for r in records if r.id not in self.unreadable]
@@ -668,6 +670,8 @@ def _tables(file, shard):
 # %% ../nbs/14_features.ipynb #6c7574ef
 def _add_row(file, row, first):
     "Write one line, whole. Raises ValueError where it has other columns than the rows before."
+    odd = [n for n, v in row.items() if n != "about" and (isinstance(v, bool) or not isinstance(v, (int, float, np.number)))]
+    if odd: raise ValueError(f"a run gave {row[odd[0]]!r} as {odd[0]}: a study keeps numbers")
     if first and list(first) != list(row): raise ValueError(f"{file} has the columns {list(first)}, and a run gave {list(row)}; name another file")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -686,6 +690,7 @@ def study(
     progress=None, # called with (runs done, runs in all) of this shard
 ) -> list: # of rows that are there, of all shards: split, seed, about, and the numbers
     "All runs, or those that are missing. Raises ValueError for a file of another study."
+    if "\n" in about or "\r" in about: raise ValueError("about stands in a table: give it in one line")
     wanted = [(split, seed) for seed in seeds for split in splits]     # seed by seed: a study that is stopped early has seen all splits
     own, tables = _tables(Path(file), shard)
     def found():
@@ -717,9 +722,10 @@ def scores(
 def summarise(
     rows, # of `study`
     name, # of a column
+    disjoint=True, # do the test lists of the splits share no video, as UCF101's? Those of HMDB51 do
 ) -> SimpleNamespace: # mean, splits {split: mean}, runs, seeds (low, high), videos (low, high); an interval that cannot be had is None
     """Mean over splits of the mean over seeds. `seeds`: 95 % interval for other seeds on these splits and videos. `videos`: for other seeds and other test videos
-    (sources) of these classes, where the column has _low and _high; splits count as independent, as their test lists share no video. What other training lists would change is in neither."""
+    (sources) of these classes, where the column has _low and _high; splits count as independent where they are disjoint, else as one and the same. What other training lists would change is in neither."""
     by_split = {}
     for row in rows: by_split.setdefault(row["split"], []).append(row)
     values = {split: np.array([r[name] for r in own]) for split, own in sorted(by_split.items())}
@@ -727,15 +733,17 @@ def summarise(
     mean, several = float(np.mean(list(means.values()))), all(len(v) > 1 for v in values.values())
     between = sum(v.var(ddof=1)/len(v) for v in values.values())/len(values)**2 if several else None
     around = lambda error: (mean - error, mean + error)
-    seeds, videos = around(stats.t.ppf(.975, df)*math.sqrt(between)) if several else None, None
+    by_seeds, videos = stats.t.ppf(.975, df)*math.sqrt(between) if several else None, None
     if f"{name}_low" in rows[0] and several:
-        sampling = {s: np.mean([((r[f"{name}_high"] - r[f"{name}_low"])/(2*1.96))**2 for r in own]) for s, own in by_split.items()}
-        videos = around(1.96*math.sqrt(between + sum(sampling.values())/len(values)**2))
+        sampling = [np.mean([((r[f"{name}_high"] - r[f"{name}_low"])/2)**2 for r in own]) for own in by_split.values()]      # half an interval of each split, squared
+        videos = around(math.sqrt(by_seeds**2 + np.mean(sampling)/(len(values) if disjoint else 1)))      # never narrower than the one for seeds
+    seeds = around(by_seeds) if several else None
     return SimpleNamespace(mean=mean, splits=means, runs=len(rows), seeds=seeds, videos=videos)
 
 # %% ../nbs/14_features.ipynb #50beabc1
 def study_table(
     rows, # of `study`
+    disjoint=True, # as for `summarise`
 ) -> str:
     "Means and intervals as text: both ends, then the differences."
     percent = lambda interval: "      -       " if interval is None else f"[{100*interval[0]:+6.2f}, {100*interval[1]:+6.2f}]"
@@ -743,7 +751,7 @@ def study_table(
     counts = ", ".join(f"split {s}: {sum(r['split'] == s for r in rows)} seeds" for s in splits)
     lines = [f"{len(rows)} runs; {counts}", f"{'top-1, %':30}{'mean':>7}  {'other seeds':18} other seeds and test videos"]
     for name in [n for n in rows[0] if n not in ("split", "seed", "about") and not n.endswith(("_low", "_high", "seconds"))]:
-        s = summarise(rows, name)
+        s = summarise(rows, name, disjoint)
         lines.append(f"{name.replace('_', ' '):30}{100*s.mean:7.2f}  {percent(s.seeds):18} {percent(s.videos)}")
     return "\n".join(lines)
 

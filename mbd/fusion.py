@@ -181,7 +181,8 @@ class AdaptiveFusion(MeanFusion):
 
     def _evidence_apart(self, l, g, y, sources):
         "The evidence of each video by shares that the other folds of sources give"
-        fold, out = source_folds(y, list(sources), 5), torch.zeros_like(l[:, 0])
+        if sources is None or len(set(sources)) < 2: raise ValueError(f"apart = True fits with shares of other sources: give the sources of the videos, two or more ({'none' if sources is None else len(set(sources))} found)")
+        fold, out = source_folds(y, list(sources), min(5, len(set(sources)))), torch.zeros_like(l[:, 0])
         for f in fold.unique():
             held = fold == f
             out[held] = ((l + g) / 2)[held] @ _logit_share(l[~held], g[~held], y[~held])
@@ -192,7 +193,7 @@ class AdaptiveFusion(MeanFusion):
         p_local: torch.Tensor, # (N, K) calibrated probabilities on `gate`
         p_global: torch.Tensor, # (N, K)
         labels: torch.Tensor, # (N,)
-        sources=None, # N names, where the map was measured on these videos
+        sources=None, # N names, needed with `apart`
         strength: float = 0.1, # pull of the weights to those of slope 1, bias 0: a normal prior of variance 1 / strength on their log-odds, in the mean over the videos
     ):
         "Fit slope and bias by NLL in float64; returns itself. ValueError on an empty gate, NaN, labels out of range"
@@ -572,6 +573,8 @@ def ambiguity(
     "The ambiguity decomposition of the log-linear pool (Heskes 1998), in nats. ValueError on shapes, weights outside 0..1"
     if log_p_local.ndim != 2 or log_p_local.shape != log_p_global.shape or labels.shape != log_p_local.shape[:1]: raise ValueError(f"log_p_local, log_p_global and labels must have shapes (N, K), (N, K), (N,), not {tuple(log_p_local.shape)}, {tuple(log_p_global.shape)}, {tuple(labels.shape)}")
     if not 0 <= weight <= 1: raise ValueError(f"weight must lie in 0..1, not {weight}")
+    for name, z in (("log_p_local", log_p_local), ("log_p_global", log_p_global)):
+        if not torch.isfinite(z).all(): raise ValueError(f"{name} holds NaN or infinite values; take log_softmax of the logits, not log of softmax")
     mixed = weight * log_p_local + (1 - weight) * log_p_global
     at = lambda z: -z.gather(1, labels[:, None])[:, 0]
     return at(mixed.log_softmax(1)), weight * at(log_p_local) + (1 - weight) * at(log_p_global), -mixed.logsumexp(1)

@@ -24,6 +24,7 @@ def _whole(name, value, low, high):
 # %% ../nbs/09_interventions.ipynb #ab03ab3a
 def _other_order(number, seed):
     "A random order of `number` things that is not the order they are in"
+    if number < 2: raise ValueError(f"{number} frame or tile has no other order: give two or more")
     draw, same = np.random.default_rng(seed), np.arange(number)
     while (order := draw.permutation(number)).tolist() == same.tolist(): pass
     return order

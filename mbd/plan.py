@@ -134,12 +134,12 @@ def _together(work, read, workers):
     return max(work, read/workers) if workers else work + read
 
 # %% ../nbs/16_plan.ipynb #d1cb66a8
-def _disk_needed(model, parameters):
-    "Bytes that the run writes, at most."
+def _disk_needed(model, parameters, views):
+    "Bytes that the run writes, at most: checkpoints, results, and the logits of so many views."
     weights = sum(t.numel()*t.element_size() for t in model.state_dict().values())
     held = 3 + bool(parameters.average) + (parameters.teacher == "averaged")      # times the weights, in a checkpoint: the weights, two averages of Adam, ...
     kept = 3 + bool(parameters.control)      # results
-    return (3*held + kept)*weights
+    return (3*held + kept)*weights + 2*4*len(model.classes)*views
 
 # %% ../nbs/16_plan.ipynb #3d5e9d30
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ def make_plan(
     decode, bytes_each, cut = _read_some(parts["fit"], size, (model.local_view, model.global_view))
     frames = int(bytes_each*total)
     if frames > limit*2**30: raise ParameterError(f"read = 'memory': the decoded videos would take about {_gib(frames)}, and {limit:g} GiB are allowed; set read = 'files', or lower train_videos and test_videos")
-    disk, room = _disk_needed(model, p), shutil.disk_usage(folder).free
-    if disk > room: raise ParameterError(f"reports: the checkpoints may take {_gib(disk)}, and {_gib(room)} are free where the run folder lies; name another folder with reports, or make room")
-    step, bytes_ = _tried(model, p, None if free is None else free - frames*(device.type == "cpu"))
     steps, views = count_steps(videos, p), count_views(videos, p)
+    disk, room = _disk_needed(model, p, views), shutil.disk_usage(folder).free
+    if disk > room: raise ParameterError(f"reports: checkpoints and answers may take {_gib(disk)}, and {_gib(room)} are free where the run folder lies; name another folder with reports, or make room")
+    step, bytes_ = _tried(model, p, None if free is None else free - frames*(device.type == "cpu"))
     seconds = _seconds(steps, views, step, cut, p) + decode*total/2      # two threads decode
     return Plan(videos, steps, views, p.batch_size, step, cut, seconds, frames + bytes_, frames, free, disk, room)

@@ -195,7 +195,7 @@ class _Taught(_Read):
         def log(row): self.run.log(**row); show.note(f"{row['stream']} {row['accuracy']:.2f}")
         settings = experiment.recipe(self.p, epochs=epochs, learning_rate=learning_rate, seed=seed)
         data = self._clips(stage)
-        flops = experiment.training_flops(self.cost, len(data)*epochs, teach)
+        flops = experiment.training_flops(self.cost, experiment.clips_an_epoch(len(data), self.p.batch_size)*epochs, teach)
         with self.run.stage(stage, epochs, flops=flops), _memory_named(stage):
             self.rows += training.train(model, data, settings, stage, teach, log, show, self.reading["workers"], checkpoints=self.checkpoints,
                                         validate=self.data["gate"] if self.p.validate else None)
@@ -334,7 +334,7 @@ class Schedule(_Scored):
         self.weight = self.model.fusion.weight(local.exp(), global_.exp())
         run.save_predictions(ids=answers.ids, sources=answers.sources, labels=answers.labels, local_logits=local, global_logits=global_, weight=self.weight, classes=self.classes)
         epochs = [row for row in self.rows if row["stream"] == "local"]      # they come back with the checkpoints: a killed session's count too
-        speed = sum(len(self._clips(row["stage"])) for row in epochs)/sum(row["seconds"] for row in epochs) if epochs else 0.
+        speed = sum(experiment.clips_an_epoch(len(self._clips(row["stage"])), p.batch_size) for row in epochs)/sum(row["seconds"] for row in epochs) if epochs else 0.
         skipped = sum(row["skipped"] for row in epochs)
         made = {"generator": miniactions.generator_id(self.spec), "gap": self.spec.gap, "difficulty": self.spec.difficulty} if run.generated else {}
         about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, **({"labelled": p.labelled, "left_out": self.left_out} if p.labelled else {}), **made)

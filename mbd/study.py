@@ -128,7 +128,7 @@ def _student(differences, against, controls=1):
     "Student's test of a mean against 0. The upper end is that of one of so many controls (Bonferroni)."
     from scipy import stats
     d = np.asarray(differences, float); n, mean, sd = len(d), d.mean(), d.std(ddof=1)
-    if sd == 0: return Contrast(n, float(mean), float(mean), float(mean), float(mean == 0), against, 0.)
+    if np.ptp(d) <= 1e-9: return Contrast(n, float(mean), float(mean), float(mean), 1. if abs(mean) <= 1e-9 else 2.**(1 - n), against, 0.)      # all that equal seeds tell: how often so many signs agree by chance
     test = stats.ttest_1samp(d, 0.)
     return Contrast(n, float(mean), float(test.confidence_interval(.95).low), float(test.confidence_interval(1 - .05/controls).high), float(test.pvalue), against, float(sd))
 
@@ -214,12 +214,19 @@ def read_claims(
     return claims
 
 # %% ../nbs/16_study.ipynb #f3306149
+def _check_names(claim, rows):
+    "Raise ValueError where a claim names a column that its table lacks: it would wait for its seeds for ever. (An arm that is in no row may not have been run yet.)"
+    if not isinstance(claim.controls, (list, int, float)) or isinstance(claim.controls, bool): raise ValueError(f"claim {claim.id!r}: controls is {claim.controls!r}; it must be a list of names, or a number")
+    for column in (claim.by, *claim.where) if rows else ():
+        if column not in rows[0]: raise ValueError(f"claim {claim.id!r}: {claim.study} has no column {column!r}; columns are {', '.join(rows[0])}")
+
 def verdicts(
     claims, # of read_claims
     reports, # folder of the studies
 ) -> list: # of (Claim, Contrast or None, p after Holm or None, "holds", "does not hold" or "untested")
     "What became of each claim."
     tables = {study: Table(Path(reports) / study).rows() for study in {c.study for c in claims}}
+    for claim in claims: _check_names(claim, tables[claim.study])
     found = [contrast(tables[c.study], c.metric, c.arm, c.controls, c.where, c.by) if tables[c.study] else None for c in claims]
     tested = [k for k, (claim, c) in enumerate(zip(claims, found)) if c and c.n >= claim.seeds]
     corrected = dict(zip(tested, evaluation.holm([found[k].p for k in tested])))

@@ -29,11 +29,13 @@ def moving_pictures(num_frames, height=256, width=340):
         yield np.clip(frame + rng.normal(0, 1, frame.shape), 0, 255).astype(np.uint8)
 
 # %% ../nbs/05_throughput.ipynb #c05fdde9
+_CODECS = {"H.264": "libx264", "MPEG-4": "mpeg4"}
+
 def write_film(path, codec, keyframes, num_frames=300, height=256, width=340):
     "Write such a film at 30 frames a second and return its path: `codec` is H.264 or MPEG-4, `keyframes` the distance between them."
     import av
     with av.open(str(path), "w") as container:
-        stream = container.add_stream({"H.264": "libx264", "MPEG-4": "mpeg4"}[codec], rate=30, options={"crf": "23", "sc_threshold": "0"} if codec == "H.264" else {"b": "1M", "sc_threshold": "1000000000"})
+        stream = container.add_stream(_CODECS[codec], rate=30, options={"crf": "23", "sc_threshold": "0"} if codec == "H.264" else {"b": "1M", "sc_threshold": "1000000000"})
         stream.height, stream.width, stream.pix_fmt, stream.thread_count = height, width, "yuv420p", 1
         stream.codec_context.gop_size = keyframes
         if codec == "MPEG-4": stream.codec_context.max_b_frames = 2
@@ -52,7 +54,7 @@ def _loop(path, indices, index, threads="NONE"):
         stream = container.streams.video[0]
         stream.thread_type = threads
         for i, frame in enumerate(container.decode(stream)):
-            if i in wanted: pictures[i] = frame.to_ndarray(format="rgb24")
+            if i in wanted: pictures[i] = video._rgb(frame)      # upright, as the container says
             if i == last: break
     return np.stack([pictures[i] for i in indices])
 
@@ -224,6 +226,9 @@ def data_table(
     progress=None, # called with (lines done, lines in all)
 ):
     "Markdown: clips/s of decoding and transform by reader, codec, keyframe distance, clip length and workers. Raises ValueError."
+    if real is not None and not Path(real).is_dir(): raise ValueError(f"real = {str(real)!r} is no folder; name one with clips, or leave it out")
+    if (odd := [c for c in codecs if c not in _CODECS]): raise ValueError(f"codecs: {odd[0]!r} is unknown; valid: {', '.join(_CODECS)}")
+    if not lengths: raise ValueError("lengths is empty: name one number of frames at least")
     if rounds < 1 or num_frames < max(lengths): raise ValueError(f"rounds must be at least 1 and num_frames at least the longest clip, not {rounds} and {num_frames}")
     found, missing = available()
     jobs, usual = [(codec, gap) for codec in codecs for gap in keyframes], 16 if 16 in lengths else lengths[0]
@@ -239,5 +244,8 @@ def data_table(
             for (codec, gap), path in films.items():
                 for length in all_lengths: add(path, f"{codec}, {gap}", length, count)
     if clips: table.heading("Real clips, one process", found)
-    for path in clips: add(path, path.relative_to(real).as_posix().replace("|", " "), usual)
+    for path in clips:
+        title = path.relative_to(real).as_posix().replace("|", " ")
+        try: add(path, title, usual)
+        except video.VideoError as error: table.add(f"| {title}: {error.problem} |" + " - |"*len(found))
     return str(table)

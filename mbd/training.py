@@ -128,6 +128,7 @@ def _carry(output, end):
 class _Teaching:
     "Teachers of both streams, and the layers that some losses train."
     def __init__(self, model, config, settings, example=None):
+        if config.lesson == "dominant" and max(settings.mixing.mixup, settings.mixing.cutmix) > 0: raise ValueError("lesson='dominant' follows one label of a video, and mixed clips have two: set mixup and cutmix to 0")
         if config.intermediate == "relation" and config.intermediate_weight > 0 and settings.batch_size//settings.accumulate < 3: raise ValueError(f"batch_size = {settings.batch_size} in {settings.accumulate} piece(s): relations compare the clips of a piece and need 3; raise it, lower accumulate, or distil with intermediate='logit'")
         self.streams = {"local": model.local, "global": model.global_}
         self.teachers = {name: Teacher(stream, config.teacher, config.teacher_decay, t) for (name, stream), t in zip(self.streams.items(), model.temperature.tolist())}

@@ -121,6 +121,7 @@ def test_one_part_is_taken(tmp_path):
     path = written(tmp_path / "x.npz", **c)
     p = one(path)
     assert p.ids.tolist() == c["ids"][::2].tolist() and np.array_equal(p.block([1]), c["logits"][2:3]) and len(one(path, part="all").ids) == 60 and one(path, part="gate").labels[0] == 1
+    with pytest.raises(A.PredictionError, match="part .gate. is asked for, and there is no column .part."): one(written(tmp_path / "none.npz", **arrays()), part="gate")
 
 
 # ---- matching

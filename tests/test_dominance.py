@@ -282,3 +282,12 @@ def test_measure_names_what_is_wrong(sim, change, message):
 def test_map_refuses_columns_that_do_not_fit():
     with pytest.raises(ValueError, match="low has 1"): DominanceMap(["a", "b"], [1, 1], [1, 1], [0.5, 0.5], [0.4], [0.6, 0.6], ["local", "global"], 0.5)
     with pytest.raises(ValueError, match="unknown group 'lokal'"): DominanceMap(["a"], [1], [1], [0.5], [0.4], [0.6], ["lokal"], 0.5)
+
+
+def test_a_cut_table_and_wrong_bounds_are_named(tmp_path):
+    whole = tmp_path/"dominance.csv"
+    DominanceMap(["a", "b"], [8]*2, [4]*2, [.8, .2], [.7, .1], [.9, .3], ["local", "global"], .5).to_csv(whole)
+    (tmp_path/"cut.csv").write_bytes(whole.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"cut.csv: a line of the map is cut off"): DominanceMap.from_csv(tmp_path/"cut.csv")
+    for bounds in ((20, .05), (0, 20)):
+        with pytest.raises(ValueError, match="bounds must be two temperatures"): fit_temperature(torch.randn(10, 3), torch.arange(10) % 3, bounds)

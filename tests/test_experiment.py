@@ -507,6 +507,7 @@ def test_runs_are_listed_with_the_status_that_holds_and_compared_by_kind(start, 
         raise RuntimeError
     (tmp_path / "ucf101-generated" / "broken").mkdir()
     (tmp_path / "ucf101-generated" / "broken" / "result.json").write_text('{"status": "comp')
+    (tmp_path / "report").mkdir(); (tmp_path / "report/result.json").write_text('{"kind": "analysis", "schema": 1}')      # no run
     runs = ex.read_runs(tmp_path)
     assert sorted(r["status"] for r in runs) == ["complete", "failed", "unreadable"]
     assert [r["folder"].name for r in ex.comparable(runs, generated=True)] == [r["folder"].name for r in runs if r["status"] == "complete"]

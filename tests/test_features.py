@@ -537,9 +537,42 @@ def test_intervals_of_a_study_say_what_they_are_about(tmp_path):
     width = lambda i: i[1] - i[0]
     assert width(b.seeds) < width(a.seeds)/4                                     # seeds average out,
     assert width(b.videos) == pytest.approx(2*1.96*.02/math.sqrt(3), rel=.02)    # test videos do not
+    assert width(features.summarise(many, "gain", disjoint=False).videos) == pytest.approx(2*1.96*.02, rel=.02)      # test lists that share videos are no more than one
+    assert width(a.videos) >= width(a.seeds)
     assert features.summarise(many, "adaptive").videos is None
     assert features.summarise(features.study(fake, tmp_path/"1.csv", seeds=range(1), about="a"), "gain").seeds is None
     assert "600 runs" in features.study_table(many)
+
+
+def test_other_seeds_and_videos_are_covered_as_often_as_it_says_with_few_runs():
+    rng, hits, wider = np.random.default_rng(1), 0, 0
+    for _ in range(400):
+        video = .01*rng.standard_normal(3)
+        values = [(s, video[s] + .02*rng.standard_normal()) for s in range(3) for _ in range(2)]
+        rows = [dict(split=s, seed=k, x=v, x_low=v - 1.96*.01, x_high=v + 1.96*.01) for k, (s, v) in enumerate(values)]
+        found = features.summarise(rows, "x")
+        hits += found.videos[0] < 0 < found.videos[1]; wider += found.videos[1] - found.videos[0] >= found.seeds[1] - found.seeds[0]
+    assert .92 <= hits/400 and wider == 400
+
+
+def test_a_study_keeps_numbers_and_one_line(tmp_path):
+    with pytest.raises(ValueError, match="one line"): features.study(fake, tmp_path/"a.csv", about="two\nlines")
+    with pytest.raises(ValueError, match="None as other"): features.study(lambda s, k: {"other": None}, tmp_path/"b.csv", seeds=range(1), about="a")
+    assert not (tmp_path/"a.csv").exists() and not (tmp_path/"b.csv").exists()
+
+
+def test_views_that_were_drawn_apart_do_not_belong_together(records, tmp_path):
+    one = FeatureStore(store(records, tmp_path/"a", augmented=2, flip=True))
+    other = FeatureStore(store(records, tmp_path/"b", augmented=2, flip=False))
+    FeatureDataset(records, one, one)
+    with pytest.raises(ValueError, match="augmented views were drawn in another way"): FeatureDataset(records, one, other)
+
+
+def test_a_refused_call_leaves_the_stream_in_its_mode(records, tmp_path):
+    stream = backbone().train(); norm = next(m for m in stream.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)).eval()
+    store(records, tmp_path, stream=stream)
+    with pytest.raises(ValueError): extract(records, stream, tmp_path, dataset="tints", classes=CLASSES[::-1], view=VIEW)
+    assert stream.training and not norm.training
 
 
 def test_seeds_interval_covers_as_often_as_it_says(tmp_path):

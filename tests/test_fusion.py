@@ -487,3 +487,18 @@ def test_a_map_of_the_gate_itself_is_not_followed_where_it_shows_nothing():
         m = measure(p.log(), q.log(), y, [str(i) for i in range(240)], [str(k) for k in range(30)], resamples=50)
         for apart in slopes: slopes[apart].append(float(AdaptiveFusion(m.logit_share, apart).fit(p, q, y, sources=[str(i) for i in range(240)]).slope))
     assert min(slopes[False]) > 2 and sum(slopes[True])/4 < 1.5
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_apart_takes_as_many_folds_as_there_are_sources(count):
+    rng = torch.Generator().manual_seed(0)
+    l, g = (torch.randn(60, 3, generator=rng).softmax(1) for _ in range(2)); y = torch.arange(60) % 3
+    fusion = AdaptiveFusion(torch.zeros(3), apart=True).fit(l, g, y, sources=[f"s{i % count}" for i in range(60)])
+    assert torch.isfinite(fusion(l, g)).all()
+    for wrong, found in ((None, "none"), (["s"]*60, "1")):
+        with pytest.raises(ValueError, match=f"give the sources of the videos.*{found} found"): AdaptiveFusion(torch.zeros(3), apart=True).fit(l, g, y, sources=wrong)
+
+
+def test_the_decomposition_refuses_what_is_not_finite():
+    z = torch.zeros(2, 3).log_softmax(1); broken = z.clone(); broken[0, 0] = -torch.inf
+    with pytest.raises(ValueError, match="log_p_global holds NaN or infinite"): ambiguity(z, broken, torch.zeros(2, dtype=torch.long), 1.)

@@ -1,5 +1,5 @@
 import numpy as np
-import pytest
+import pytest, torch
 
 from mbd.interventions import INTERVENTIONS, low_resolution, short_crop, shuffle_frames, shuffle_patches
 
@@ -73,3 +73,8 @@ def test_low_resolution_keeps_means_and_loses_detail():
 ])
 def test_what_does_not_fit_is_refused(video, call, message):
     with pytest.raises(ValueError, match=message): call(video)
+
+
+def test_one_frame_has_no_other_order():
+    from mbd.interventions import Reordered
+    with pytest.raises(ValueError, match="no other order"): Reordered(torch.nn.Identity(), "shuffled")(torch.zeros(1, 3, 1, 4, 4))

@@ -82,7 +82,7 @@ def test_videos_that_memory_cannot_hold_are_refused(schedule):
 
 def test_a_disk_that_is_too_small_is_refused(schedule, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
-    with pytest.raises(ParameterError, match="reports: the checkpoints may take .* and 0.954 MiB are free"): schedule().plan()
+    with pytest.raises(ParameterError, match="reports: checkpoints and answers may take .* and 0.954 MiB are free"): schedule().plan()
 
 
 def test_the_disk_holds_what_the_plan_said(schedule):
@@ -90,6 +90,12 @@ def test_the_disk_holds_what_the_plan_said(schedule):
     s.plan().read().warm_up().distil()
     written = sum(f.stat().st_size for f in s.run.checkpoints.rglob("*") if f.is_file())
     assert 0 < written <= s.planned.disk
+
+
+def test_the_answers_to_a_large_test_list_are_counted_too(schedule):
+    s = schedule()
+    needed = lambda **more: plan._disk_needed(s.model, s.p, plan.count_views({"fit": 8, "map": 4, "gate": 4, "test": 20_000}, SimpleNamespace(**vars(s.p) | more)))
+    assert needed(protocol="10x3") - needed(protocol="1x1") == 8*len(s.classes)*29*((20_000 + 4)*2 + 4*3)      # the control answers too, and a map is measured three times
 
 
 def test_unreadable_videos_do_not_stop_the_plan(schedule):

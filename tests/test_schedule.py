@@ -24,6 +24,25 @@ def settings(tmp_path, videos): return Settings(data={"miniactions": videos}, re
 def go(settings, **more): return Schedule(experiment.start("ucf101", ASKED | more, settings))
 
 
+def test_a_run_begun_again_in_the_same_notebook_goes_on_and_remembers_its_memory(settings, monkeypatch, capsys):
+    first = go(settings, seed=8, control=False).find().build().plan().read().warm_up()
+    monkeypatch.setattr(experiment, "_peaks", lambda: {"peak_memory_gib": 99.})
+    again = go(settings, seed=8, control=False)
+    monkeypatch.setattr(experiment, "_peaks", lambda: {"peak_memory_gib": 1.})      # a new process has not trained
+    assert again.run.folder == first.run.folder and "goes on" in capsys.readouterr().out
+    record = again.carry_out()
+    assert record["cost"]["peak_memory_gib"] == 99. and "peaks" not in record
+    fit = record["data"]["fit"]["found"]
+    assert record["stages"][[s["name"] for s in record["stages"]].index("warm-up")]["flops"] == experiment.training_flops(again.cost, fit//8*8)
+
+
+@pytest.mark.parametrize("name", ["ssv2", "kinetics400"])
+def test_a_split_that_is_not_there_is_refused_before_a_folder_is_made(settings, name, tmp_path):
+    real = replace(settings, data={**settings.data, name: tmp_path})
+    with pytest.raises(ParameterError, match=f"split = 2: {name} has one split only"): experiment.start(name, dict(preset="smoke", data="real", split=2), real)
+    assert not settings.reports.exists()
+
+
 def test_a_run_that_ended_early_goes_on_and_ends_as_if_it_had_not(settings, monkeypatch, capsys):
     whole = go(settings, seed=1, resume=False).carry_out()
     first = go(settings, seed=1, control=True)

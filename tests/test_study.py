@@ -71,6 +71,19 @@ def test_student_by_hand():
     assert (c.estimate, c.sd) == (2., 1.) and c.high == pytest.approx(2 + 4.302653/3**.5, abs=1e-4) and contrast(r, "m", "x", 2.).estimate == pytest.approx(0)
 
 
+def test_seeds_that_are_all_alike_are_no_proof_beyond_their_number():
+    r = [dict(arm="x", seed=s, m=.956183) for s in range(8)]
+    c = contrast(r, "m", "x", .5)
+    assert c.p == 1/128 and c.low == c.estimate == c.high and contrast(r, "m", "x", .956183).p == 1      # Student's statistic would be infinite
+
+
+@pytest.mark.parametrize("change, words", [(dict(controls="none"), "controls is 'none'; it must be a list"), (dict(where={"settin": "x"}), "has no column 'settin'"), (dict(by="arms"), "has no column 'arms'")])
+def test_a_claim_that_could_never_be_tested_is_refused(tmp_path, change, words):
+    (tmp_path/"s").mkdir(); (tmp_path/"s/cells.csv").write_text("seed,setting,arm,m\n1,x,a,0.1\n")
+    claim = Claim(**dict(id="c", paper="P2", says="", study="s", metric="m", arm="a", controls=["b"], refuted="", seeds=8) | change)
+    with pytest.raises(ValueError, match=f"claim 'c': .*{words}"): verdicts([claim], tmp_path)
+
+
 def test_better_than_the_best_means_better_than_each():
     r = rows() + [dict(arm="d", seed=s, labelled=20, top1=.9) for s in range(12)]
     c = contrast(r, "top1", "b", ["a", "d"])

@@ -52,3 +52,11 @@ def test_a_report_that_was_stopped_keeps_its_lines_and_says_so(tmp_path, monkeyp
     whole = throughput.data_table(tmp_path / "data.md", **small)
     assert (tmp_path / "data.md").read_text() == whole and "16 spread" in whole and "Unfinished" not in whole and "workers" not in whole
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ""] == ["data.md"]
+
+
+def test_a_broken_clip_is_a_line_and_what_cannot_be_measured_is_named_first(tmp_path):
+    (tmp_path/"a.mp4").write_bytes(b"no video"); throughput.write_film(tmp_path/"b.mp4", "H.264", 6, 20, 32, 48)
+    text = throughput.data_table(None, tmp_path, ("H.264",), (6,), (4,), 0, 1, 20, (32, 48))
+    assert "| a.mp4: is no video" in text and "| b.mp4, 4 dense |" in text
+    for wrong, words in ((dict(real=tmp_path/"gone"), "is no folder"), (dict(codecs=("HEVC",)), "'HEVC' is unknown"), (dict(lengths=()), "lengths is empty")):
+        with pytest.raises(ValueError, match=words): throughput.data_table(**wrong)

@@ -334,6 +334,11 @@ def test_lessons_of_oneself_and_of_the_fusion_teach_too(lesson):
     for a in (other, none): assert distance(a, mine, "local") > 1e-6 and distance(a, mine, "global_") > 1e-6
 
 
+def test_lessons_of_the_dominant_stream_are_for_both_and_for_whole_clips():
+    with pytest.raises(ValueError, match="lesson='dominant' is heard by both streams.*set it to 'both'"): Distillation(lesson="dominant", intermediate_weight=0.)
+    with pytest.raises(ValueError, match="follows one label of a video"): train(make(), data(), Training(epochs=1, batch_size=8, mixing=Mixing(mixup=.4)), distillation=replace(TEACH, intermediate_weight=0., arm="both", lesson="dominant"))
+
+
 def test_mixed_clips_need_labels():
     with pytest.raises(ValueError, match="mixup and cutmix"): train(make(), partly(lambda i: True), Training(epochs=1, batch_size=8, mixing=Mixing(mixup=.4)))
 
