@@ -1,6 +1,7 @@
 "Studies: tables that survive, contrasts over seeds, and verdicts."
 from dataclasses import replace
 from pathlib import Path
+import json
 import numpy as np
 import pytest
 from mbd.study import Claim, Table, claims_table, contrast, grid, read_claims, run_cells, seeds_needed, verdicts
@@ -170,3 +171,12 @@ def test_readme_shows_the_claims_as_the_committed_cells_decide_them():
     text = (root / "README.md").read_text(encoding="utf-8")
     shown = text.partition("<!-- claims -->\n")[2].partition("\n<!-- end of claims -->")[0]
     assert shown == claims_table(read_claims(root / "reports/claims.toml"), root / "reports", "reports/")
+
+
+@pytest.mark.parametrize("name, folder", [("study_distillation", "study_few_labels"), ("study_fusion", "study_fusion")])
+def test_a_study_notebook_shows_the_table_that_is_committed(name, folder):
+    root = Path(__file__).parents[1]
+    if not (root/"nbs").is_dir(): pytest.skip("an installed package has no notebooks")
+    shown = "".join("".join(o.get("text", "")) for c in json.loads((root/f"nbs/{name}.ipynb").read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", []))
+    rows = Table(root/"reports"/folder).rows()
+    assert shown.startswith(f"{len(rows)} ") and sorted(shown.partition("commits ")[2].split("\n")[0].split(", ")) == sorted({r["commit"] for r in rows})
