@@ -468,6 +468,7 @@ def analyse(
         state.done += videos
         if progress and state.total: progress(state.done, state.total)
     if costs is not None and not (len(costs) == 2 and all(math.isfinite(c) and c > 0 for c in costs)): raise ValueError(f"costs must be two numbers of GFLOPs above 0, not {costs!r}")
+    if folds < 2: raise ValueError(f"folds must be at least 2, not {folds}")
     if most < 100: raise ValueError(f"most must be at least 100 videos, not {most}")
     if second is not None and Path(first).exists() and Path(second).exists() and Path(first).samefile(second): raise ValueError(f"both files are {first}: a model compared with itself; give the second model's file, or this one alone if it holds both")
     pair = _read_pair(first, second, names, part, tick)
