@@ -132,10 +132,12 @@ SPLITS = {"ucf101": 3, "hmdb51": 3, "kinetics400": 1, "ssv2": 1}
 TITLES = {"ucf101": "UCF101", "hmdb51": "HMDB51", "kinetics400": "Kinetics-400", "ssv2": "Something-Something V2"}
 
 def _counted(some):
-    "Videos found and expected of the test lists: of each split once, whatever the seeds; the fewest found, where they differ."
-    splits = {}
-    for line in some: splits[line.split] = min(splits.get(line.split, (line.found, line.expected)), (line.found, line.expected))
-    return tuple(map(sum, zip(*splits.values())))
+    "Videos found and expected of the test lists: of each split (of each generated set) once, whatever the seeds; the fewest found, where they differ."
+    lists = {}
+    for line in some:
+        key, counts = (line.split, line.record["data"].get("generator")), (line.found, line.expected)
+        lists[key] = min(lists.get(key, counts), counts)
+    return tuple(map(sum, zip(*lists.values())))
 
 def unequal(some: list, splits=1) -> str:
     "In words, what keeps lines of one recipe from standing beside a benchmark number; 'nothing' if that is so."
