@@ -977,7 +977,6 @@ def _watch(run):
         atexit.register(_at_exit)
         if shell is not None:
             shell.events.register("post_run_cell", _after_cell)
-    _let_go()
     _current = run
 
 # %% ../nbs/16_experiment.ipynb #4c9df883

@@ -101,7 +101,7 @@ def _environment():
         first, _, rest = name.lower().partition("_")
         section, _, key = rest.partition("_")
         if first != "mbd": continue
-        if rest in ("data", "annotations", "urls"): raise ValueError(f"environment variable {name} names no data set: write {name}_UCF101, or another; valid: {', '.join(SECTIONS[rest])}")
+        if rest in SECTIONS and rest != "run": raise ValueError(f"environment variable {name} names no data set: write {name}_UCF101, or another; valid: {', '.join(SECTIONS[rest])}")
         if rest in DATASETS: raise ValueError(f"environment variable {name} does not say what of {rest} it is: write MBD_DATA_{rest.upper()} for the folder of its videos")
         slip = key and section not in SECTIONS and difflib.get_close_matches(section, SECTIONS, cutoff=0.75)      # MBD_DTA_UCF101
         if not slip and (section not in SECTIONS or section == "run" or not key): section, key = "run", rest
