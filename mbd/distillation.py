@@ -346,7 +346,7 @@ def lesson_mask(
     labels: torch.Tensor, # (B,); -1 for a video without a label
     only_right_teacher: bool = True, # of videos with a label, keep those on which the teacher's first choice is the label, and no tie
     student_below: float = 1.0, # of videos with a label, keep those on which the student's probability of it is below this; 1 keeps all
-    sure_above: float = 0.0, # of videos without one, keep those on which the teacher's first choice has at least this probability; 0 keeps all
+    sure_above: float = 0.0, # keep the videos on which the teacher's first choice has at least this probability; 0 keeps all
 ) -> torch.Tensor: # (B,), 1.0 where the lesson is worth giving
     "Which videos are worth a lesson. ValueError on labels that are no classes"
     if labels.device.type == "cpu": _check_labels(labels.clamp_min(0), student_logits)      # a GPU would have to be waited for, in each step
@@ -354,7 +354,7 @@ def lesson_mask(
     if only_right_teacher: mask = mask * (((teacher_logits >= teacher_logits.gather(1, labels.clamp_min(0)[:, None])).sum(1) == 1) | ~known)
     if student_below < 1:
         mask = mask * ((student_logits.detach().float().softmax(1).gather(1, labels.clamp_min(0)[:, None]).squeeze(1) < student_below) | ~known)
-    if sure_above > 0: mask = mask * ((teacher_logits.detach().float().softmax(1).amax(1) >= sure_above) | known)
+    if sure_above > 0: mask = mask * (teacher_logits.detach().float().softmax(1).amax(1) >= sure_above)
     return mask
 
 # %% ../nbs/10_distillation.ipynb #02432826
@@ -466,7 +466,7 @@ class Distillation:
     intermediate_weight: float = 0.5 # of the intermediate-layer loss, >= 0; 0 switches it off
     only_right_teacher: bool = True # teach only where the teacher's first choice is the label
     student_below: float = 1.0 # teach only where the student's probability of the label is below this; 1: everywhere
-    sure_above: float = 0.0 # without a label, teach only where the teacher's first choice has at least this probability; 0: everywhere
+    sure_above: float = 0.0 # teach only where the teacher's first choice has at least this probability, with a label or without; 0: everywhere
     final: str = "soft" # soft (KL) or decoupled
     target_weight: float = 1.0 # decoupled: of "how sure of the label"
     other_weight: float = 1.0 # decoupled: of "how the others rank"

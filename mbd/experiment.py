@@ -116,7 +116,7 @@ TEACHING = (
     Parameter("teacher_decay", float, 0.999, "averaged teachers: what they keep of themselves in a step", low=0.001, high=0.999999),
     Parameter("only_right_teacher", bool, True, "teach only where the teacher is right"),
     Parameter("student_below", float, 1.0, "teach only where the student gives the label less than this probability; 1: everywhere", low=0.001, high=1.0),
-    Parameter("sure_above", float, 0.0, "of videos without a label, teach only those on which the teacher gives its first choice at least this probability", low=0.0, high=0.999999),
+    Parameter("sure_above", float, 0.0, "teach only where the teacher gives its first choice at least this probability; 0: everywhere", low=0.0, high=0.999999),
     Parameter("teach_warm_up", float, 0.0, "fraction of the distillation stage in which its weights rise from 0", low=0.0, high=1.0),
     Parameter("teach_fade", float, 0.0, "fraction of the distillation stage, at its end, in which its weights fall to 0", low=0.0, high=1.0),
 )

@@ -264,8 +264,18 @@ def test_masks_ask_of_a_label_only_where_there_is_one():
     teacher, student = torch.tensor([[3., 0, 0], [3., 0, 0], [.1, 0, 0]]), torch.tensor([[0., 9, 0]] * 3)
     mask = lambda labels, **more: lesson_mask(student, teacher, torch.tensor(labels), **more).tolist()
     assert mask([0, 1, 1]) == [1, 0, 0] and mask([0, -1, -1]) == [1, 1, 1]
-    assert mask([-1, -1, 0], sure_above=.8) == [1, 1, 1] and mask([-1, -1, -1], sure_above=.8) == [1, 1, 0]
     assert mask([1, -1, 0], only_right_teacher=False, student_below=.5) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [-1, -1, -1], [1, -1, 0]])
+def test_an_unsure_teacher_gives_no_lesson_with_a_label_or_without(labels):
+    teacher, student = torch.tensor([[3., 0, 0], [3., 0, 0], [.1, 0, 0]]), torch.zeros(3, 3)
+    mask = lambda above: lesson_mask(student, teacher, torch.tensor(labels), only_right_teacher=False, sure_above=above).tolist()
+    assert mask(0.) == [1, 1, 1] and mask(.8) == [1, 1, 0] and mask(.95) == [0, 0, 0]
+    teaching = Distillation(arm="both", intermediate_weight=0., only_right_teacher=False, sure_above=.95)      # and no loss: where nobody is sure, labels are all that is learnt from
+    outputs = [Lesson(student.clone().requires_grad_(), {}) for _ in "lg"] + [Lesson(teacher, {}) for _ in "lg"]
+    loss = lambda config: float(distillation_loss(*outputs, torch.tensor(labels), torch.ones(3, dtype=torch.long), config)[0])
+    assert loss(teaching) == 0 < loss(replace(teaching, sure_above=.8))
 
 
 def test_a_split_off_label_needs_one():
