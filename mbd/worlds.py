@@ -161,6 +161,7 @@ def _records(world, arm):
 def train_arm(
     world, # a World
     arm, # an Arm
+    log=None, # called with a dict for each epoch and stream
 ) -> MBD:
     "The warmed-up model after this arm, measured again."
     s, model, records = world.setting, world.warm(), _records(world, arm)
@@ -168,7 +169,7 @@ def train_arm(
         model.map = regroup(model.map, arm.groups, world.seed)
         if arm.fusion == "mean": model.fusion = MeanFusion()
         settings = training.Training(epochs=world.epochs(records, s.steps*arm.effort), batch_size=s.batch_size, learning_rate=s.arm_learning_rate, seed=world.seed + 1 + 1000*number)
-        training.train(model, world.data(records, True), settings, "arm", arm.teach)
+        training.train(model, world.data(records, True), settings, "arm", arm.teach, log)
         model = world.measured(model)
     return model
 
@@ -294,6 +295,14 @@ def _chosen(study, kind, wanted, known):
     if odd: raise ValueError(f"{study.name} has no {kind} {odd[0]!r}; {nearest(odd[0], list(known))}")
     return list(wanted or known)
 
+# %% ../nbs/16_worlds.ipynb #3ad040ce
+def _cell(world, arm):
+    "What is written down of a cell: `score_arm`, the fractions taught, and the knobs."
+    log = []
+    row = score_arm(world, train_arm(world, arm, log.append))
+    return row | {f"taught_{name}": part for name, part in training.taught(log).items()} | {"knobs": _knobs(world.setting, arm)}
+
+
 # %% ../nbs/16_worlds.ipynb #3e1ce942
 def run_study(
     study, # a Study
@@ -311,7 +320,7 @@ def run_study(
     _check_knobs(study, table.rows())
     def work(seed, setting, arm):
         if last.get("key") != (seed, setting): last.clear(); last.update(key=(seed, setting), world=World(study.settings[setting], seed, worlds))
-        return score_arm(last["world"], train_arm(last["world"], study.arms[arm])) | {"knobs": _knobs(study.settings[setting], study.arms[arm])}
+        return _cell(last["world"], study.arms[arm])
     run_cells(table, grid(seeds, **chosen), work, progress)
     return table.rows()
 
