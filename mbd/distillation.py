@@ -58,6 +58,7 @@ def decoupled_kl(
     "Decoupled distillation of each sample (Zhao et al. 2022), computed in float32 or better. ValueError on shapes, labels and T"
     _check_logits(student_logits, teacher_logits, temperature)
     _check_labels(labels, student_logits)
+    if student_logits.shape[1] < 2: raise ValueError(f"student and teacher logits have {student_logits.shape[1]} class: with the label split off, none is left to be ranked; give two or more")
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     def split(z):
         z = z.to(dtype) / temperature

@@ -575,16 +575,16 @@ def run_schedule(
     rows = training.train(model, data["fit"], replace(warm_up, seed=seed), "warm-up", **options)
     training.measure_map(model, data["map"], seed, batch_size=1000)
     if teach is not None and teach.lesson == "fused": training.fit_fusions(model, data["gate"], [], batch_size=1000)      # it is the teacher
-    first_map, alone = model.map, copy.deepcopy(model) if control else None
+    first_map, temperatures, alone = model.map, model.temperature.tolist(), copy.deepcopy(model) if control else None
     rows += training.train(model, data["fit"], replace(distil, seed=seed + 1), "distil", teach, **options)
     if control: rows += training.train(alone, data["fit"], replace(distil, seed=seed + 1), "control", **options)
     ends = {"distilled": _finish(model, data, seed, resamples, fusions)} | ({"control": _finish(alone, data, seed, resamples, fusions)} if control else {})
-    result = ends["distilled"].result
+    result = ends["distilled"].result | {"lessons": training.lessons(rows, temperatures)}
     if control: result["control"] = {"kind": "equal steps", **ends["control"].result}
     if control:
         same = [top_k_correct(end.fused["adaptive"], end.answers.labels) for end in ends.values()]
         result["distilled_minus_control"] = paired_difference(*same, ends["distilled"].answers.sources, resamples, seed=seed)
-    return SimpleNamespace(model=model, control=alone, rows=rows, data=data, first_map=first_map, **vars(ends["distilled"]))
+    return SimpleNamespace(**vars(ends["distilled"]) | dict(model=model, control=alone, rows=rows, data=data, first_map=first_map, result=result))
 
 # %% ../nbs/14_features.ipynb #df64d18f
 KINDS = ("local", "balanced", "global")

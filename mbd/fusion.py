@@ -200,6 +200,7 @@ class AdaptiveFusion(MeanFusion):
         l, g, y = _ready(p_local, p_global, labels, sources, len(self.logit_share))
         evidence = self._evidence_apart(l, g, y, sources) if self.apart else self.evidence(l, g)
         slope, bias = _fit(lambda t: t[0] * evidence + t[1], l, g, y, [[1.0, 0.0], [0.0, 0.0], [5.0, 0.0]], strength)
+        if self.apart and slope < 0: slope, bias = torch.zeros(()), _fit(lambda t: t.expand(len(y)), l, g, y, [[0.0]], strength)[0]      # shares of the others lean against a fold by chance; no map is to be followed backwards for that
         _set(self, slope=slope, bias=bias)
         return self
 
@@ -570,11 +571,13 @@ def ambiguity(
     labels: torch.Tensor, # (N,)
     weight: float = 0.5, # of the local stream
 ) -> tuple: # three times (N,): NLL of the log-linear pool, weighted NLL of the streams, ambiguity; the first is the second less the third
-    "The ambiguity decomposition of the log-linear pool (Heskes 1998), in nats. ValueError on shapes, weights outside 0..1"
+    "The ambiguity decomposition of the log-linear pool (Heskes 1998), in nats. ValueError on shapes, labels, rows that are no log-probabilities, weights outside 0..1"
     if log_p_local.ndim != 2 or log_p_local.shape != log_p_global.shape or labels.shape != log_p_local.shape[:1]: raise ValueError(f"log_p_local, log_p_global and labels must have shapes (N, K), (N, K), (N,), not {tuple(log_p_local.shape)}, {tuple(log_p_global.shape)}, {tuple(labels.shape)}")
     if not 0 <= weight <= 1: raise ValueError(f"weight must lie in 0..1, not {weight}")
     for name, z in (("log_p_local", log_p_local), ("log_p_global", log_p_global)):
         if not torch.isfinite(z).all(): raise ValueError(f"{name} holds NaN or infinite values; take log_softmax of the logits, not log of softmax")
+        if (z.logsumexp(1).abs() > 1e-2).any(): raise ValueError(f"the rows of {name} are not log-probabilities: their exponentials must sum to 1; take log_softmax of the logits")
+    if len(labels): labels = _checked_labels(labels, *log_p_local.shape).to(labels.device)
     mixed = weight * log_p_local + (1 - weight) * log_p_global
     at = lambda z: -z.gather(1, labels[:, None])[:, 0]
     return at(mixed.log_softmax(1)), weight * at(log_p_local) + (1 - weight) * at(log_p_global), -mixed.logsumexp(1)
@@ -586,7 +589,9 @@ def may_stop(
     share: torch.Tensor = None, # (K,) share of the *first* stream by class; None: only "sure" is asked
     least_share: float = 0.5, # expected share from which the first stream counts as dominant
 ) -> torch.Tensor: # (N,) bool
-    "Videos that the first stream answers alone: it is sure, and by the map dominant (ours). ValueError on a share that is none"
+    "Videos that the first stream answers alone: it is sure, and by the map dominant (ours). ValueError on what are no probabilities, and on a share or a threshold that is none"
+    _checked_pair(p_first, p_first)
+    if not threshold >= 0: raise ValueError(f"threshold must be 0 or more, not {threshold}; above 1 never stops")
     sure = p_first.max(1).values.double() >= threshold
     if share is None: return sure
     if share.shape != p_first.shape[1:] or not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"share must be ({p_first.shape[1]},) numbers in 0..1, not {tuple(share.shape)}; for the global stream pass 1 - map.share")

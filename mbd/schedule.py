@@ -208,6 +208,7 @@ class _Taught(_Read):
         self._train("warm-up", self.model, self.p.warm_up_epochs, self.p.learning_rate, self.p.seed)
         with self.run.stage("map"):
             self._map(self.model, "warm-up")
+            self.temperatures = self.model.temperature.tolist()      # of the teachers
             if self.teach is not None and self.teach.lesson == "fused": training.fit_fusions(self.model, self.data["gate"], names=[], **self.reading, stage="gate-warm-up")      # it is the teacher
 
     @_step(after="warm_up")
@@ -217,6 +218,10 @@ class _Taught(_Read):
         self.control = copy.deepcopy(self.model) if p.control else None
         self._train("distil", self.model, p.distil_epochs, p.distil_learning_rate, p.seed + 1, self.teach)
         if self.control is not None: self._train("control", self.control, p.distil_epochs, p.distil_learning_rate, p.seed + 1)
+
+    def lessons(self):
+        "What `training.lessons` says of stage 3."
+        return training.lessons(self.rows, self.temperatures)
 
 # %% ../nbs/16_schedule.ipynb #bc771ff9
 class _Tested(_Taught):
@@ -340,7 +345,7 @@ class Schedule(_Scored):
         about = dict(layout=run.experiment.data_name, split=p.split, **self.counts(), pair=p.pair, map_on_val=p.map_on_val, **({"labelled": p.labelled, "left_out": self.left_out} if p.labelled else {}), **made)
         plan = self.planned
         if isinstance(plan, plans.Plan): plan = {"seconds": plan.seconds, "memory_gib": plan.memory/2**30, "disk_gib": plan.disk/2**30}
-        record = run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, plan=plan, **self.found)
+        record = run.complete(data=about, protocol=self.protocol, cost=dict(self.cost, train_clips_per_second=speed), classes=self.classes, skipped_steps=skipped, lessons=self.lessons(), plan=plan, **self.found)
         if run.main: self.model.save(run.checkpoints/"model", about=record)      # the same weights; their card now says what came out
         return record
 

@@ -390,6 +390,10 @@ def test_decoupled_refuses_labels_that_are_no_classes(labels, words):
     with pytest.raises(ValueError, match=words): decoupled_kl(torch.zeros(2, 5), torch.zeros(2, 5), labels, 1.0)
 
 
+def test_a_single_class_has_no_ranks_to_teach():
+    with pytest.raises(ValueError, match="have 1 class"): decoupled_kl(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, dtype=torch.long), 1.0)
+
+
 # ---- cells by time stamp
 
 @pytest.mark.parametrize("t0, t1, frames, cells", [(0, 30, 16, 16), (0, 30, 16, 4), (12, 68, 8, 3), (5, 5, 1, 1), (2.5, 47.5, 4, 8)])
