@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dominance import class_share, share, source_folds
+from .dominance import class_share, share, source_folds, source_names
 
 # %% ../nbs/11_fusion.ipynb #ef49a53d
 def _checked_pair(p_local, p_global, num_classes=None):
@@ -532,7 +532,7 @@ def cross_fit(
 ) -> torch.Tensor: # (N, K) fused probabilities
     "Each video's answer by a fusion fitted on the other folds of sources. ValueError on one source only, or as the fusion's `fit`"
     if not len(first) == len(second) == len(labels): raise ValueError(f"{len(first)} and {len(second)} answers for {len(labels)} labels; give the same videos")
-    names = np.asarray(sources, dtype=str)
+    names = np.asarray(source_names(sources))
     fold = source_folds(labels, names, min(folds, max(2, len(set(names.tolist())))), seed).to(first.device)
     parts, rows = [], []
     for f in fold.unique():

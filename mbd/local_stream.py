@@ -234,6 +234,8 @@ def _adopt(stream, entry, state, where):
     if missing or wrong:
         some = lambda names, what: [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"] if names else []
         raise ValueError(f"weights {where!r} are not those of {entry.name!r} as built here: " + "; ".join(some(missing, "missing") + some(wrong, "unknown or of another shape")))
+    broken = [key for key, value in state.items() if own[key].is_floating_point() and not (value.is_floating_point() and torch.isfinite(value).all())]
+    if broken: raise ValueError(f"weights {where!r}: {broken[0]!r} holds {'NaN or infinite values' if state[broken[0]].is_floating_point() else state[broken[0]].dtype}, and {len(broken) - 1} more do; take a whole copy")
     stream.load_state_dict(state, strict=False)
     return new_head
 

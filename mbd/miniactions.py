@@ -44,6 +44,8 @@ class Spec:
     difficulty: float = 1.0   # scales noise, clutter, drift and flicker; 0 is clean
     seed: int = 0             # generator seed
 
+    def __post_init__(self): object.__setattr__(self, "classes", tuple(self.classes))      # a list would not equal what is read from the set's description
+
 # %% ../nbs/04_miniactions.ipynb #8f4044fa
 VERSION = 1            # raised whenever the frames of an unchanged Spec would change
 QUICK_GAP, QUICK = 3, 6   # frames: the short gap, a quick raise
@@ -375,19 +377,25 @@ def _write_lists(folder, texts):
         if not there(): raise
 
 # %% ../nbs/04_miniactions.ipynb #8dd9b5ef
-def _work(folder, shard, shards, parent):
-    "Make what is missing of every `shards`-th video of the set described in `folder`, beginning with number `shard`, while process `parent` lives."
+def _made(path):
+    "Is the video there? An empty file is what a power cut leaves of one."
+    try: return path.stat().st_size > 0
+    except FileNotFoundError: return False
+
+def _work(folder, shard, shards, alone=lambda: False):
+    "Make what is missing of every `shards`-th video of the set described in `folder`, beginning with number `shard`, until `alone()`."
     spec, layout, _, _ = _read_spec(folder)
     for name, group, clip, part in _videos(spec, layout)[shard::shards]:          # of all videos: what is missing changes while others work
-        if os.getppid() != parent: return
+        if alone(): return
         path = folder/LAYOUTS[layout][0](name, group, clip, part)
-        if not path.exists(): write_video(path, render(spec, name, group, clip))
+        if not _made(path): write_video(path, render(spec, name, group, clip))
 
 # %% ../nbs/04_miniactions.ipynb #ee4c35c8
 def _run_workers(folder, workers, there, total, progress):
-    code = "import sys; from pathlib import Path; from mbd.miniactions import _work; _work(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
+    code = ("import os, sys, threading; from pathlib import Path; from mbd.miniactions import _work; alone = threading.Event(); "
+            "threading.Thread(target=lambda: (os.read(0, 1), alone.set()), daemon=True).start(); _work(Path(sys.argv[1]), *map(int, sys.argv[2:]), alone.is_set)")      # the pipe ends with this process, however it ends; a parent's number says nothing where Python is started by a launcher
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
-    start = lambda i: subprocess.Popen([sys.executable, "-c", code, str(folder), str(i), str(workers), str(os.getpid())], env=environment, stderr=subprocess.PIPE, text=True)
+    start = lambda i: subprocess.Popen([sys.executable, "-c", code, str(folder), str(i), str(workers)], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [start(i) for i in range(workers)]
     try:
         while any(p.poll() is None for p in processes):
@@ -398,7 +406,7 @@ def _run_workers(folder, workers, there, total, progress):
         for p in processes:
             if p.returncode: raise KitError(f"{folder}: a generator worker failed; what was made is kept, run again to go on\n{p.stderr.read()[-2000:]}")
     finally:
-        for p in processes: p.kill(); p.wait(); p.stderr.close()
+        for p in processes: p.kill(); p.wait(); p.stdin.close(); p.stderr.close()
 
 # %% ../nbs/04_miniactions.ipynb #f3d31275
 def generate(
@@ -415,7 +423,7 @@ def generate(
     unknown = set(knobs) - {f.name for f in fields(Spec)}
     if unknown: raise ValueError(f"unknown knob {sorted(unknown)[0]!r}; choose from {', '.join(f.name for f in fields(Spec))}")
     if spec is not None and knobs: raise ValueError(f"give either spec or knobs, not both ({', '.join(knobs)})")
-    spec, folder = check(spec or Spec(**{k: tuple(v) if k == "classes" else v for k, v in knobs.items()})), Path(folder)
+    spec, folder = check(spec or Spec(**knobs)), Path(folder)
     description = folder/"miniactions.json"
     if description.exists():
         found, its_layout, version, _ = _read_spec(folder)
@@ -428,7 +436,7 @@ def generate(
     paths = [folder/file(*v) for v in videos]
     places = {p.parent for p in paths}
     for place in places: place.mkdir(parents=True, exist_ok=True)
-    there = lambda: sum(p.exists() for p in paths)
+    there = lambda: sum(map(_made, paths))
     if there() < len(paths):
         _drop_lists(folder/lists)                                      # a set with a hole must not look whole
         _describe(folder, spec, layout, "generating"); _run_workers(folder, workers or os.cpu_count() or 1, there, len(paths), progress)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mbd.dominance import DominanceMap, class_share, cross_calibrate, fit_temperature, groups, measure, share, share_interval, simulate_streams, source_folds
+from mbd.dominance import DominanceMap, class_share, cross_calibrate, fit_temperature, groups, measure, share, share_interval, simulate_streams, source_folds, source_names
 
 
 def calibrated(sim):
@@ -291,3 +291,30 @@ def test_a_cut_table_and_wrong_bounds_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"cut.csv: a line of the map is cut off"): DominanceMap.from_csv(tmp_path/"cut.csv")
     for bounds in ((20, .05), (0, 20)):
         with pytest.raises(ValueError, match="bounds must be two temperatures"): fit_temperature(torch.randn(10, 3), torch.arange(10) % 3, bounds)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_videos_without_a_source_are_not_taken_for_one_scene(sim, missing):
+    "Lumped together, they would leave every class balanced, and nobody would teach."
+    sources = list(sim.sources); sources[3] = missing
+    for call in (lambda: measure(*calibrated(sim), sim.labels, sources, sim.classes), lambda: source_folds(sim.labels, sources), lambda: source_names([1, missing])):
+        with pytest.raises(ValueError, match=rf"video \d of \d+ has no source \({missing}\): .* its own"): call()
+    assert source_names([1, "b"]) == ["1", "b"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(low=float("nan")), "shares must lie in 0..1, and in their intervals; class 'TwirlForward' has .* in .nan"), (dict(low=.999), "class 'TwirlForward'"),
+    (dict(reference=float("nan")), "reference must lie in 0..1, not nan"), (dict(reference=7.), "reference must lie in 0..1, not 7"), (dict(n=-3), "counts, of 0 and more"), (dict(classes="SameHand"), "'SameHand' is there twice")])
+def test_a_map_that_cannot_be_is_refused(dominance, change, words):
+    values = {**dominance.to_dict(), "classes": ["TwirlForward", "SameHand", *dominance.classes[2:]]}
+    for name, value in change.items(): values[name] = value if name == "reference" else [value, *values[name][1:]]
+    with pytest.raises(ValueError, match=words): DominanceMap.from_dict(values)
+
+
+def test_what_is_no_map_is_said_to_be_none(dominance, tmp_path):
+    with pytest.raises(ValueError, match="not a dominance map: .*'colour'"): DominanceMap.from_dict(dominance.to_dict() | {"colour": 1})
+    (tmp_path/"a.csv").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ValueError, match="a.csv: not a dominance map, and no text"): DominanceMap.from_csv(tmp_path/"a.csv")
+    dominance.to_csv(tmp_path/"b.csv"); lines = (tmp_path/"b.csv").read_text().splitlines(keepends=True)
+    (tmp_path/"b.csv").write_text("".join(lines).replace(f",{dominance.reference},", ",0.25,", 1))
+    with pytest.raises(ValueError, match="b.csv: reference holds for the whole map, and 2 values"): DominanceMap.from_csv(tmp_path/"b.csv")

@@ -152,6 +152,13 @@ def test_weights_of_another_network_are_refused(tmp_path, registry):
     with pytest.raises(ValueError, match="no parameter's name begins with head = 'fc.'"): build_stream("wrong", 3, file=tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("change, words", [(lambda t: t * float("nan"), "holds NaN or infinite values"), (lambda t: t.to(torch.complex64), "holds torch.complex64")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, change, words):
+    state = build_stream("hand_cnn", 3).state_dict(); key = next(k for k, v in state.items() if v.is_floating_point())
+    torch.save(state | {key: change(state[key])}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"a.pth': '{key}' {words}.*take a whole copy"): build_stream("hand_cnn", 3, file=tmp_path / "a.pth")
+
+
 def test_a_head_with_other_classes_or_none_is_left_out(tmp_path, registry):
     register("small", "local", LOCAL_VIEW)(Small)
     state = Small(3).state_dict()

@@ -1,4 +1,4 @@
-import dataclasses, hashlib, json, os, shutil, signal, subprocess, sys, time
+import dataclasses, hashlib, json, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from mbd import datasets, miniactions as mini
@@ -274,6 +274,26 @@ def tiny(tmp_path_factory):
     "{layout: folder}: the same set in each layout."
     pytest.importorskip("av")
     return {layout: generate(tmp_path_factory.mktemp(layout) / "set", layout=layout, workers=2, **TINY) for layout in LAYOUTS}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands for what Windows' virtual environments do")
+def test_workers_work_where_python_is_started_by_a_launcher(needs_coding, tmp_path, monkeypatch):
+    "On Windows a virtual environment's python.exe starts the interpreter as a child: the worker's parent is not the process that asked for it."
+    launcher = tmp_path / "python.sh"
+    launcher.write_text(f'#!/bin/sh\n{shlex.quote(sys.executable)} "$@"\nexit $?\n'); launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    assert len(list(generate(tmp_path / "set", workers=2, **TINY).rglob("*.mp4"))) == len(mini._videos(mini.Spec(**TINY), "ucf101"))
+
+
+def test_an_empty_file_is_no_video(needs_coding, tmp_path):
+    "What a power cut leaves under a video's name is made again."
+    folder = generate(tmp_path / "set", workers=1, **TINY); before = hashes(folder)
+    next(folder.rglob("*.mp4")).write_bytes(b"")
+    assert hashes(generate(folder, workers=1, **TINY)) == before
+
+
+def test_classes_may_be_a_list():
+    assert mini.Spec(classes=["SameHand", "OtherHand"]) == mini.Spec(classes=("SameHand", "OtherHand"))
 
 
 def path_of(folder, layout, name, group, clip, part): return folder / mini.LAYOUTS[layout][0](name, group, clip, part)
