@@ -9,12 +9,7 @@ __all__ = ['INTERVENTIONS', 'ORDERS', 'shuffle_frames', 'short_crop', 'shuffle_p
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-def _video(video):
-    "The video as an array; refuses what is not uint8 (T, H, W, C)"
-    video = np.asarray(video)
-    if video.ndim != 4 or not video.size or video.dtype != np.uint8: raise ValueError(f"expected a video as uint8 (T, H, W, C), got {video.dtype} {video.shape}")
-    return video
+from .video import _video
 
 def _whole(name, value, low, high):
     "Refuses what is not a whole number in low..high"

@@ -12,6 +12,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 import numpy as np
 
@@ -40,6 +41,13 @@ _CODERS = {  # ending -> container, codec, its settings for a quality `crf` on H
     ".webm": ("webm", "libvpx-vp9", lambda crf: {"crf": str(round(crf * 63 / 51)), "b": "0", "deadline": "realtime", "cpu-used": "8"}),   # the other deadlines take up to seven times as long
 }
 
+def _video(frames, name="video", channels="C"):
+    "The frames as an array; refuses what is not uint8 (T, H, W, channels), \"C\" being any number of them."
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or not frames.size or channels not in ("C", frames.shape[-1]):
+        raise ValueError(f"{name}: frames must be uint8 (T, H, W, {channels}) with T >= 1, not {frames.dtype} {frames.shape}")
+    return frames
+
 def write_video(
     path, # the file to make, .mp4, .avi or .webm; its folder must exist
     frames, # uint8 (T, H, W, 3), RGB; H and W even
@@ -47,22 +55,24 @@ def write_video(
     crf=18, # quality on H.264's scale: 0 is next to lossless, 18 hardly visible, 28 coarse
 ):
     "Write `frames` (as yuv420p, in the container and codec of the ending) and return the path. Atomic, one thread, same frames give the same bytes. Raises ValueError, VideoError."
-    frames, path = np.asarray(frames), Path(path)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        raise ValueError(f"{path.name}: frames must be uint8 (T, H, W, 3) with T >= 1, not {frames.dtype} {frames.shape}")
-    if not 0 < fps < math.inf: raise ValueError(f"{path.name}: fps must be above 0, not {fps!r}")
+    path = Path(path)
+    frames = _video(frames, path.name, 3)
+    rate = Fraction(fps).limit_denominator(1001) if isinstance(fps, Real) and math.isfinite(fps) else 0
+    if not rate > 0: raise ValueError(f"{path.name}: fps must be above 0 (1/1001 or more), not {fps!r}")
+    if isinstance(crf, bool) or not isinstance(crf, Real) or not 0 <= crf <= 51: raise ValueError(f"{path.name}: crf must be a number from 0 to 51, not {crf!r}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"{path.name}: height and width must be even for yuv420p, not {frames.shape[1]} x {frames.shape[2]}; crop or pad one row or column")
     if path.suffix.lower() not in _CODERS: raise ValueError(f"{path.name}: cannot write {path.suffix!r}; choose one of {', '.join(_CODERS)}")
     form, codec, settings = _CODERS[path.suffix.lower()]
     av, part = _av(), path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        with av.open(str(part), "w", format=form, options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=settings(crf))
+        with av.open(os.path.abspath(part), "w", format=form, options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream(codec, rate=rate, options=settings(crf))
             stream.thread_count, stream.pix_fmt = 1, "yuv420p"
             stream.height, stream.width = frames.shape[1:3]
             for frame in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode())
+        with open(part, "rb+") as file: os.fsync(file.fileno())     # on the disk before it gets its name
         os.replace(part, path)
     except (av.error.FFmpegError, ValueError) as error: raise VideoError(path, f"cannot be written: {error}") from error
     finally: part.unlink(missing_ok=True)
@@ -279,7 +289,7 @@ def _load(file, key):
     try:
         stored = json.loads(file.read_text())
         return FrameIndex.from_row(stored["row"]) if stored["key"] == key else None
-    except (OSError, ValueError, TypeError, KeyError): return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError): return None     # the last: brackets without end
 
 def _save(file, key, index):
     "Store an index atomically; quietly do without where the folder cannot be written."
@@ -367,18 +377,23 @@ def read_frames(
     return np.stack([pictures[i] for i in indices])
 
 # %% ../nbs/02_video.ipynb #23add4f7
+def _pictures(path):
+    "Yield the pictures of all frames that decode, in the size of the first. Raises VideoError where none does."
+    size, problem, frames = None, "", _decode(path)
+    try:
+        for frame in frames:
+            picture = _rgb(frame, size)
+            size = picture.shape[:2]
+            yield picture
+    except _av().error.FFmpegError as error: problem = error.strerror
+    finally: frames.close()
+    if size is None: raise VideoError(path, problem or "no frame of its video stream can be decoded")
+
 def read_video(
     path, # a video file that fits into memory
 ) -> np.ndarray: # uint8 (T, H, W, 3), RGB
     "All frames that decode: what `read_frames(path, range(num_frames(path)))` returns, in one pass. Raises VideoError."
-    pictures, size, problem = [], None, ""
-    try:
-        for frame in _decode(path):
-            pictures.append(_rgb(frame, size))
-            size = pictures[0].shape[:2]
-    except _av().error.FFmpegError as error: problem = error.strerror
-    if not pictures: raise VideoError(path, problem or "no frame of its video stream can be decoded")
-    return np.stack(pictures)
+    return np.stack(list(_pictures(path)))
 
 # %% ../nbs/02_video.ipynb #e7c6c91f
 def _whole(low, high=float("inf"), **values):

@@ -312,7 +312,7 @@ def test_index_is_kept_and_follows_the_file(tmp_path, cache, monkeypatch):
     assert num_frames(path) == 14 and numbers(read_frames(path, [13])) == [13]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1, "index": {}}', b"\xff\xfe\x00", b'{"key": null, "row": {"count": "99"}}'])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1, "index": {}}', b"\xff\xfe\x00", b'{"key": null, "row": {"count": "99"}}', b"[" * 200_000], ids=range(7))
 def test_a_damaged_index_is_made_anew(tmp_path, cache, damage):
     path = write_video(tmp_path / "a.mp4", film(12))
     num_frames(path)
@@ -458,6 +458,28 @@ def test_a_video_that_is_a_list_of_other_files_opens_none_of_them(tmp_path, text
     with pytest.raises(VideoError, match="holiday.mp4"): num_frames(tmp_path / "holiday.mp4")
 
 
-@pytest.mark.parametrize("fps", [0, -5, float("inf"), float("nan")])
+@pytest.mark.parametrize("fps", [0, -5, float("inf"), float("nan"), 1e-4, "25", None])
 def test_a_video_needs_a_rate(tmp_path, fps):
     with pytest.raises(ValueError, match="a.mp4: fps must be above 0"): write_video(tmp_path / "a.mp4", film(3), fps=fps)
+
+
+@pytest.mark.parametrize("crf", [-1, 52, 51.5, float("nan"), "18", True])
+@pytest.mark.parametrize("ending", ["mp4", "avi"])
+def test_a_quality_outside_its_scale_is_refused(tmp_path, ending, crf):
+    with pytest.raises(ValueError, match="crf must be a number from 0 to 51, not"): write_video(tmp_path / f"a.{ending}", film(3), crf=crf)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["a:b.mp4", "pipe:1.mp4"])
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert numbers(read_frames(write_video(name, film(5)), [4])) == [4] and (tmp_path / name).exists()
+
+
+def test_a_video_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(Path(b).name), replace(a, b)))
+    path = write_video(tmp_path / "a.mp4", film(5))
+    assert done == [path.stat().st_size, "a.mp4"]
