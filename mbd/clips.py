@@ -7,10 +7,12 @@ __all__ = ['LOCAL_VIEW', 'GLOBAL_VIEW', 'AUGMENTATIONS', 'PROTOCOLS', 'View', 'C
            'protocol', 'load_frames', 'FrameCache', 'frame_rate', 'ClipDataset', 'Batches', 'batches']
 
 # %% ../nbs/05_clips.ipynb #8c3e72c0
-import errno, hashlib, json, logging, math, os, re, threading, time, uuid
-from collections.abc import Mapping
+import errno, hashlib, itertools, json, logging, math, os, re, threading, time, uuid
+from collections import deque
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -79,6 +81,7 @@ class Augmentation:
     def __post_init__(self):
         for name, low, high in [("brightness", 0, 1), ("contrast", 0, 1), ("saturation", 0, 1), ("hue", 0, .5), ("randaugment", 0, 14), ("magnitude", 0, 30)]:
             if not low <= getattr(self, name) <= high: raise ValueError(f"augmentation: {name} must lie in {low}..{high}, not {getattr(self, name)!r}")
+            if name in ("randaugment", "magnitude") and not isinstance(getattr(self, name), int): raise ValueError(f"augmentation: {name} must be a whole number, not {getattr(self, name)!r}")
         low, high = self.scale if isinstance(self.scale, (tuple, list)) else (self.scale, self.scale)
         if not 0 < low <= high <= 1: raise ValueError(f"augmentation: scale must lie above 0 and up to 1, a pair in order, not {self.scale!r}")
         if not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f"augmentation: ratio must be two numbers above 0 in order, not {self.ratio!r}")
@@ -110,11 +113,16 @@ def _test_box(height, width, crop, scale):
     return round(i * (height - side) / (n - 1)), round(i * (width - side) / (n - 1)), side, side
 
 # %% ../nbs/05_clips.ipynb #df55a666
+def _checked_rate(rate, name="rate"):
+    "The rate; refuses what is no number above 0."
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < math.inf: raise ValueError(f"{name} must be a number of frames per second above 0, not {rate!r}")
+    return rate
+
 def _step(view, rate):
     "Distance between the frames of a view, in frames of the video."
     if not view.seconds: return view.stride
-    if not rate: raise ValueError(f"a view with seconds = {view.seconds} needs the video's frames per second: give rate, or use stride")
-    return view.seconds * rate
+    if rate is None: raise ValueError(f"a view with seconds = {view.seconds} needs the video's frames per second: give rate, or use stride")
+    return view.seconds * _checked_rate(rate)
 
 # %% ../nbs/05_clips.ipynb #90b2a8e7
 def draw(
@@ -206,7 +214,8 @@ def cut(
     generator=None, # numpy Generator for the choices within the stretch; None: their middle
     rate=None, # frames per second of the video, for a view in seconds
 ):
-    "The stream's clip, float (C, T, H, W), normalised. Frames past the end repeat the last one (the rule of `video.dense_clip`)."
+    "The stream's clip, float (C, T, H, W), normalised. Frames past the end repeat the last one (the rule of `video.dense_clip`). Raises ValueError for frames of another kind."
+    frames = video._video(frames, "cut", 3)
     return _clip(frames, sample(len(frames), view, where, generator, rate)[0], view, where)
 
 # %% ../nbs/05_clips.ipynb #01adbe12
@@ -236,10 +245,33 @@ def _shrink(frames, size):
 # %% ../nbs/05_clips.ipynb #d40e6d6d
 def _decoded(path, size, max_frames):
     "A video as it is kept: uint8 (T, H, W, 3)."
-    if max_frames is None: return _shrink(video.read_video(path), size)
-    count = video.num_frames(path)
-    index = np.linspace(0, count - 1, min(count, max_frames)).round().astype(int)
-    return _shrink(video.read_frames(path, index), size)
+    if max_frames is None:
+        pictures = video._pictures(path)
+        groups = (np.stack(group) for group in iter(lambda: list(itertools.islice(pictures, 16)), []))
+    else:
+        count = video.num_frames(path)
+        frames = video.read_frames(path, np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
+        groups = (frames[i:i + 16] for i in range(0, len(frames), 16))
+    return np.concatenate([_shrink(group, size) for group in groups])
+
+# %% ../nbs/05_clips.ipynb #7a51c0d2
+def _ahead(pool, function, items, most):
+    "Yield function(item) of each item in order, as `pool.map` does, but with at most `most` begun and not yet yielded."
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) == most: yield waiting.popleft().result()
+    while waiting: yield waiting.popleft().result()
+
+# %% ../nbs/05_clips.ipynb #7a51c0d5
+def _check_asked(records, workers, **kept):
+    "Raise ValueError or TypeError where `kept` are neither None nor whole numbers of at least 1, or a record has no file."
+    list(video._whole(1, workers=workers, **{name: value for name, value in kept.items() if value is not None}))
+    _check_files(records)
+
+def _check_files(records):
+    lost = [r.id for r in records if vars(r)["path"] is None]      # past the field, which would make a Path of every text
+    if lost: raise ValueError(f"{len(lost)} of {len(records)} records have no file (path is None), {lost[0]!r} first: load the lists with the folder of their videos")
 
 # %% ../nbs/05_clips.ipynb #23ad2bd5
 def load_frames(
@@ -252,12 +284,13 @@ def load_frames(
     max_failures=1.0, # fraction of the records that may turn out unreadable
 ):
     "({id: uint8 (T, H, W, 3)}, {id: reason}): the decoded videos, and those that could not be read. Raises MemoryError beyond `limit_gib`, RuntimeError beyond `max_failures`."
+    _check_asked(records, workers, size=size, max_frames=max_frames)
     frames, unreadable, total = {}, {}, 0
     def read(record):
         try: return _decoded(record.path, size, max_frames)
         except video.VideoError as error: return error
     with ThreadPoolExecutor(workers) as pool:
-        for done, (record, out) in enumerate(zip(records, pool.map(read, records)), 1):
+        for done, (record, out) in enumerate(zip(records, _ahead(pool, read, records, 2*workers)), 1):
             if isinstance(out, video.VideoError): unreadable[record.id] = out.problem
             else: frames[record.id] = out; total += out.nbytes
             if len(unreadable) > max_failures * len(records):
@@ -370,6 +403,7 @@ class FrameCache(Mapping):
     ):
         self.folder, self.size, self.max_frames = Path(folder or video.cache_folder()/"decoded"), size, max_frames
         self.records, self.unreadable, files = list(records), {}, {}
+        _check_asked(self.records, workers, size=size, max_frames=max_frames)
         room, lock, sizes = _Room(self.folder, limit_gib), threading.Lock(), []
         if index: room.check(whole := _missing_bytes(self.records, index, self.folder, size, max_frames), whole)
         def store(file, frames):
@@ -382,7 +416,7 @@ class FrameCache(Mapping):
         turned = self.records[first:] + self.records[:first]
         with ThreadPoolExecutor(workers) as pool:
             try:
-                for done, (record, out) in enumerate(zip(turned, pool.map(fill, turned)), 1):
+                for done, (record, out) in enumerate(zip(turned, _ahead(pool, fill, turned, 2*workers)), 1):
                     if isinstance(out, video.VideoError): self.unreadable[record.id] = out.problem
                     else: files[record.id] = out
                     if progress: progress(done, len(turned))
@@ -400,14 +434,22 @@ class FrameCache(Mapping):
     def __iter__(self): return iter(self.files)
     def __len__(self): return len(self.files)
 
-# %% ../nbs/05_clips.ipynb #6b5433e7
+# %% ../nbs/05_clips.ipynb #7a51c0db
 def frame_rate(
     path, # a video file
+    index=None, # its `FrameIndex`, where known: nothing is decoded then, unless it has no times
 ) -> float: # frames per second, on average over the file
-    "What the container says; no frame is decoded. Raises VideoError."
-    with video._open(path) as (_, stream): rate = stream.average_rate or stream.guessed_rate
-    if not rate: raise video.VideoError(path, "does not tell its frames per second; give rate, or a view with a stride in frames")
-    return float(rate)
+    "What the container says, where its table of frames or its time stamps bear it out; else the mean of the frame index's times. Raises VideoError."
+    with video._open(path) as (container, stream):
+        said, tick, known = stream.average_rate or stream.guessed_rate, stream.time_base, index and index.time_runs
+        if said and stream.frames and 1 <= said <= 1000: return float(said)
+        try: times = index.times if known else sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        except video._av().error.FFmpegError: times = []      # decoding will show how far the file goes
+    fits = lambda times: said and times and abs((times[-1] - times[0])*tick - (len(times) - 1)/said) <= 2*tick
+    if not fits(times) and not known: times = video.scan(path).times
+    if fits(times): return float(said)
+    if len(times) < 2: raise video.VideoError(path, "does not tell its frames per second; give rate, or a view with a stride in frames")
+    return float((len(times) - 1) / ((times[-1] - times[0])*tick))
 
 # %% ../nbs/05_clips.ipynb #b020e309
 def _shape(known): return known.count, known.height, known.width
@@ -420,6 +462,18 @@ def _fetch(path, plans, known):
     wanted = np.unique(np.concatenate([index for _, _, times in plans for index, _, _ in times]))
     frames = video.read_frames(path, wanted.tolist(), index=known) if known else video.read_frames(path, wanted.tolist())
     return frames, [(view, where, [(np.searchsorted(wanted, index), t0, t1) for index, t0, t1 in times]) for view, where, times in plans]
+
+# %% ../nbs/05_clips.ipynb #7a51c0d8
+def _check_given(records, frames, flip, seed, rate):
+    "Raise ValueError or TypeError for what `ClipDataset` cannot use."
+    if frames is None: _check_files(records)
+    if isinstance(flip, (str, bytes)) or not isinstance(flip, (bool, Collection)): raise ValueError(f"flip must be True, False or a set of labels, not {flip!r}")
+    list(video._whole(0, seed=seed))
+    if isinstance(rate, Mapping):
+        lacking = [r.id for r in records if r.id not in rate]
+        if lacking: raise ValueError(f"rate lacks {len(lacking)} of {len(records)} records, {lacking[0]!r} first: give a number for each, or None for what the file says")
+        for r in records: _checked_rate(rate[r.id], f"rate of {r.id!r}")
+    elif rate is not None: _checked_rate(rate)
 
 # %% ../nbs/05_clips.ipynb #b6edd512
 class ClipDataset(torch.utils.data.Dataset):
@@ -438,7 +492,7 @@ class ClipDataset(torch.utils.data.Dataset):
         crops=1, # crops of each fixed cut: 1 or 3
         augment=Augmentation(), # how far training clips are varied
         index=None, # {id: FrameIndex} of videos read from files; the others are scanned once
-        rate=None, # frames per second, a number or {id: number}, for views in seconds; None: as the container says (wrong where `max_frames` thinned the frames)
+        rate=None, # frames per second, a number or {id: number}, for views in seconds; None: as `frame_rate` finds it (wrong where `max_frames` thinned the frames)
         max_failures=0.01, # fraction of the records that may turn out unreadable before `batches` gives up
     ):
         self.records = [r for r in records if frames is None or r.id in frames]
@@ -446,6 +500,7 @@ class ClipDataset(torch.utils.data.Dataset):
         if crops not in (1, 3): raise ValueError(f"crops must be 1 or 3, not {crops!r}")
         if isinstance(clips, bool) or not isinstance(clips, int) or clips < 1: raise ValueError(f"clips must be a whole number of at least 1, not {clips!r}")
         if not 0 <= max_failures <= 1: raise ValueError(f"max_failures is a fraction of the records, 0..1, not {max_failures!r}")
+        _check_given(self.records, frames, flip, seed, rate)
         if local.sampling == global_.sampling == "shared": raise ValueError("local and global_ views are both 'shared': one of them must be 'dense' or 'segments'")
         self.frames, self.local, self.global_, self.index, self.rate = frames, local, global_, index or {}, rate
         self.train, self.flip, self.seed, self.epoch, self.augment = train, flip, seed, 0, augment
@@ -469,10 +524,10 @@ class ClipDataset(torch.utils.data.Dataset):
         seed=None, # None: the data set's
         epoch=None, # None: the data set's
     ) -> list: # an item for each view
-        "Items of one video, from one reading of it. Raises VideoError."
+        "Items of one video, from one reading of it. Raises VideoError, and ValueError for frames of another kind."
         record, pair = self.records[index], (self.local, self.global_)
         if self.frames is None: known = self.index.get(record.id); shape = _shape(known or video.scan(record.path))
-        else: known, frames = None, self.frames[record.id]; shape = frames.shape[:3]
+        else: known, frames = None, video._video(self.frames[record.id], f"video {record.id!r}", 3); shape = frames.shape[:3]
         rate, plans = self._rate(record) if any(v.seconds for v in pair) else None, []
         for view in views:
             clip, crop = divmod(view, self.crops)
@@ -491,7 +546,7 @@ class ClipDataset(torch.utils.data.Dataset):
     def _rate(self, record):
         "Frames per second of a video."
         if self.rate is not None: return self.rate[record.id] if isinstance(self.rate, Mapping) else self.rate
-        if record.id not in self._rates: self._rates[record.id] = frame_rate(record.path)
+        if record.id not in self._rates: self._rates[record.id] = frame_rate(record.path, self.index.get(record.id))
         return self._rates[record.id]
 
 # %% ../nbs/05_clips.ipynb #24ea02fc
@@ -614,6 +669,7 @@ def batches(
     pin_memory=False, # put batches where a GPU copies from faster
 ) -> Batches:
     "Batches of `data`: dicts of tensors. Unreadable videos are left out, logged and counted in `data.failures`. Raises RuntimeError where there are too many. Data with a way of its own, a method `batches(batch_size, shuffle)`, goes that way, in one process."
+    list(video._whole(1, batch_size=batch_size)); list(video._whole(0, workers=workers))
     if not hasattr(data, "batches"): return Batches(data, batch_size, shuffle, workers, part, pin_memory)
     if part[1] > 1: raise ValueError(f"a {type(data).__name__} is read by one process, not {part[1]}; start the training without a launcher")
     return data.batches(batch_size, shuffle)

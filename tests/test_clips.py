@@ -176,7 +176,7 @@ def test_an_item_says_where_each_stream_looked(pair, train):
 
 # ---- augmentations
 
-@pytest.mark.parametrize("change, words", [(dict(hue=.6), "hue must lie"), (dict(contrast=-1), "contrast must lie"), (dict(scale=0), "scale must lie"), (dict(scale=(.9, .5)), "scale must lie"), (dict(ratio=(0, 1)), "ratio must be"), (dict(magnitude=31), "magnitude must lie")])
+@pytest.mark.parametrize("change, words", [(dict(hue=.6), "hue must lie"), (dict(contrast=-1), "contrast must lie"), (dict(scale=0), "scale must lie"), (dict(scale=(.9, .5)), "scale must lie"), (dict(ratio=(0, 1)), "ratio must be"), (dict(magnitude=31), "magnitude must lie"), (dict(magnitude=9.5), "magnitude must be a whole number, not 9.5"), (dict(randaugment=1.5), "randaugment must be a whole number")])
 def test_impossible_augmentations(change, words):
     with pytest.raises(ValueError, match=words): Augmentation(**change)
 
@@ -426,6 +426,72 @@ def test_too_much_for_the_memory_is_refused_with_what_would_do(files):
     assert load_frames(files, limit_gib=1.5 * one)[0].keys() == {"a", "b"} and "0.0" in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(37, 70, 96, 3), (33, 48, 100, 3), (1, 64, 48, 3), (16, 40, 40, 3)])
+@pytest.mark.parametrize("size, max_frames", [(24, None), (None, None), (24, 20), (32, 1), (400, None)])
+def test_shrinking_a_few_frames_at_a_time_changes_nothing(tmp_path, monkeypatch, shape, size, max_frames):
+    frames, seen, real = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8), [], clips._shrink
+    monkeypatch.setattr(video, "_pictures", lambda path: iter(frames))
+    monkeypatch.setattr(video, "num_frames", lambda path: len(frames))
+    monkeypatch.setattr(video, "read_frames", lambda path, index: frames[index])
+    kept = frames if max_frames is None else frames[np.linspace(0, len(frames) - 1, min(len(frames), max_frames)).round().astype(int)]
+    monkeypatch.setattr(clips, "_shrink", lambda group, size: seen.append(len(group)) or real(group, size))
+    assert np.array_equal(clips._decoded("a.mp4", size, max_frames), real(kept, size)) and max(seen) <= 16 and sum(seen) == len(kept)
+
+
+@pytest.mark.parametrize("keep", [lambda r, folder: load_frames(r, limit_gib=.01), lambda r, folder: FrameCache(r, folder, limit_gib=.01)], ids=["memory", "disk"])
+def test_a_slow_first_video_does_not_let_the_others_fill_the_memory(tmp_path, monkeypatch, keep):
+    records, made = [record(f"v{i}", path=tmp_path / f"v{i}.mp4") for i in range(200)], []
+    for r in records: r.path.touch()
+    monkeypatch.setattr(os, "getpid", lambda: 0)       # the cache begins with the first record
+    def decoded(path, size, max_frames):
+        if path == records[0].path: time.sleep(.3)
+        made.append(path)
+        return np.zeros((10, 200, 200, 3), np.uint8)    # 1.2 MB: nine of them pass the limit
+    monkeypatch.setattr(clips, "_decoded", decoded)
+    with pytest.raises((MemoryError, OSError), match="raise limit_gib"): keep(records, tmp_path / "c")
+    assert len(made) < 20
+
+
+# ---- what is refused where it is given
+
+@pytest.mark.parametrize("bad, words", [(dict(max_frames=0), "max_frames must be at least 1, not 0"), (dict(max_frames=2.5), "max_frames must be a whole number"), (dict(size=0), "size must be at least 1, not 0"),
+                                        (dict(size=-5), "size must be at least 1"), (dict(workers=0), "workers must be at least 1")])
+def test_impossible_sizes_and_numbers_of_kept_frames(tmp_path, bad, words):
+    for keep in (load_frames, lambda r, **k: FrameCache(r, tmp_path / "c", **k)):
+        with pytest.raises((ValueError, TypeError), match=words): keep([record("a")], **bad)
+
+
+@pytest.mark.parametrize("bad, words", [(dict(rate=0), "rate must be a number of frames per second above 0, not 0"), (dict(rate=-25), "rate must be"), (dict(rate=float("nan")), "rate must be"), (dict(rate={}), "rate lacks 6 of 6 records, 'v0' first"),
+                                        (dict(rate={f"v{i}": i for i in range(6)}), "rate of 'v0' must be"), (dict(seed=-1), "seed must be at least 0, not -1"), (dict(seed=1.5), "seed must be a whole number"),
+                                        (dict(flip=1), "flip must be True, False or a set of labels, not 1"), (dict(flip="no"), "flip must be")])
+def test_impossible_values_of_a_data_set(few, bad, words):
+    with pytest.raises((ValueError, TypeError), match=words): ClipDataset(*few, *VIEWS, **bad)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None])
+def test_impossible_sizes_of_batches(few, size):
+    with pytest.raises((ValueError, TypeError), match="batch_size must be"): batches(ClipDataset(*few, *VIEWS), size)
+
+
+def test_a_rate_that_is_none_is_refused_wherever_it_is_used():
+    for rate in (0, -1, float("nan"), "25"):
+        with pytest.raises(ValueError, match="rate must be a number"): draw((40, 8, 8), [View(4, seconds=.1)], rate=rate)
+
+
+def test_a_record_without_a_file_is_named(few, tmp_path):
+    records = [replace(r, path=None) if r.id == "v2" else r for r in few[0]]
+    for use in (lambda: ClipDataset(records, None, *VIEWS), lambda: load_frames(records), lambda: FrameCache(records, tmp_path / "c")):
+        with pytest.raises(ValueError, match="1 of 6 records have no file .*'v2' first: load the lists with the folder"): use()
+    assert len(ClipDataset(records, few[1], *VIEWS)) == 6      # whose frames are at hand needs none
+
+
+@pytest.mark.parametrize("change", [lambda f: f.astype(np.float32) / 255, lambda f: f[..., :1], lambda f: f[0], lambda f: f[:0]], ids=["float", "grey", "picture", "none"])
+def test_frames_of_another_kind_are_refused(change):
+    bad = change(noise())
+    with pytest.raises(ValueError, match=r"video 'v': frames must be uint8 \(T, H, W, 3\) with T >= 1, not "): ClipDataset([record("v")], {"v": bad}, *VIEWS)[0]
+    with pytest.raises(ValueError, match="frames must be uint8"): cut(bad, LOCAL_VIEW, Cut(0, 30, (0, 0, 56, 56), False))
+
+
 # ---- from files, without keeping them
 
 def sources(files): return files[:2], load_frames(files[:2])[0]
@@ -466,6 +532,52 @@ def test_frame_rates_come_from_the_container_or_as_given(tmp_path):
     for frames in (None, load_frames(records)[0]): assert [span(item) for item in ClipDataset(records, frames, *views)] == [3, 12]
     assert [span(item) for item in ClipDataset(records, None, *views, rate=20)] == [6, 6]
     assert [span(item) for item in ClipDataset(records, None, *views, rate={"slow": 20, "fast": 10})] == [6, 3]
+
+
+def timed(path, moments, codec="libvpx", rate=1000):
+    "A video whose frames stand at these milliseconds."
+    av = pytest.importorskip("av")
+    from fractions import Fraction
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 32, 32, "yuv420p", Fraction(1, 1000)
+        for i, moment in enumerate(moments):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 5 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+VARYING = np.cumsum([0] + [33, 33, 150] * 13).tolist()
+
+
+@pytest.mark.parametrize("name, codec", [("a.webm", "libvpx"), ("a.mkv", "libx264"), ("a.flv", "libx264")])
+@pytest.mark.parametrize("rate", [1000, 30])
+def test_a_varying_rate_is_the_mean_of_the_time_stamps(tmp_path, name, codec, rate):
+    path, true = timed(tmp_path / name, VARYING, codec, rate), 39e3 / VARYING[-1]
+    assert frame_rate(path) == pytest.approx(true, rel=1e-3)
+    assert frame_rate(path, video.scan(path)) == pytest.approx(true, rel=1e-3)
+    item = ClipDataset([record("a", path=path)], None, View(4, size=16, seconds=.2), View(2, size=8, seconds=.2))[0]
+    assert item["local_t1"] - item["local_t0"] == pytest.approx(.6 * true, abs=.01)
+
+
+def test_a_constant_rate_is_believed_without_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "scan", None)
+    for fps in (10, 25, 29.97, 23.976):
+        for ending in ("webm", "mp4", "avi"): assert frame_rate(write_video(tmp_path / f"a.{ending}", ruler(20, 32, 32), fps=fps)) == pytest.approx(fps)
+    assert frame_rate(write_video(tmp_path / "one.webm", ruler(1, 32, 32))) == 25
+
+
+def test_a_known_index_is_asked_before_the_file_is_read(tmp_path, monkeypatch):
+    path = timed(tmp_path / "a.webm", VARYING)
+    index = video.scan(path)
+    monkeypatch.setattr(video, "scan", None)
+    assert frame_rate(path, index) == pytest.approx(39e3 / VARYING[-1], rel=1e-3)
+
+
+def test_a_file_without_times_asks_for_the_rate(tmp_path):
+    with pytest.raises(VideoError, match="a.h264: does not tell its frames per second; give rate"): frame_rate(timed(tmp_path / "a.h264", range(0, 400, 40), "libx264", 25))
 
 
 # ---- videos that cannot be read
