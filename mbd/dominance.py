@@ -281,12 +281,14 @@ class DominanceMap:
         except (UnicodeDecodeError, csv.Error) as error: raise ValueError(f"{path}: not a dominance map, and no text ({error})") from error
         lacking = [c for c in _COLUMNS if not rows or c not in rows[0]]
         if lacking: raise ValueError(f"{path}: not a dominance map, column {lacking[0]!r} is missing or there are no rows")
-        for c in ("reference", "prior", "confidence"):
-            if len(found := {row[c] for row in rows}) > 1: raise ValueError(f"{path}: {c} holds for the whole map, and {len(found)} values of it are found; take a whole copy")
         column = lambda name, kind: [kind(row[name]) for row in rows]
-        try: return cls(column("class", str), column("n", int), column("num_sources", int), *(column(c, float) for c in ("share", "low", "high")),
-                        column("group", str), *(float(rows[0][c]) for c in ("reference", "prior", "confidence")))
+        try:
+            whole = {name: set(column(name, float)) for name in ("reference", "prior", "confidence")}
+            found = cls(column("class", str), column("n", int), column("num_sources", int), *(column(c, float) for c in ("share", "low", "high")), column("group", str), *(min(values) for values in whole.values()))
         except (TypeError, ValueError) as error: raise ValueError(f"{path}: a line of the map is cut off or holds no number ({error}); take a whole copy") from error
+        for name, values in whole.items():
+            if len(values) > 1: raise ValueError(f"{path}: {name} holds for the whole map, and {len(values)} values of it are found; take a whole copy")
+        return found
 
     def table(self) -> str:
         "The map as text, the most local class first"
