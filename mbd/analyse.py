@@ -558,8 +558,7 @@ def summary(
 # %% ../nbs/analyse.ipynb #386162e7
 def _plain(text, longest=28):
     "A name as matplotlib may draw it."
-    text = " ".join(str(text).split())
-    return (text if len(text) <= longest else text[:longest - 1] + "…").replace("$", r"\$")
+    return plots._name(text, longest)
 
 def _few(dominance):
     "At most forty classes, the most leaning ones: their places, by rising share."
@@ -582,7 +581,7 @@ def _draw_calibration(found):
 # %% ../nbs/analyse.ipynb #67e9c5b4
 def _draw_map(found):
     d, rows, (a, b) = found.dominance, _few(found.dominance), map(_plain, found.pair.names)
-    shown = SimpleNamespace(classes=[_plain(d.classes[i]) for i in rows], group=[d.group[i] for i in rows], reference=d.reference,
+    shown = SimpleNamespace(classes=[d.classes[i] for i in rows], group=[d.group[i] for i in rows], reference=d.reference,
                             **{n: getattr(d, n)[torch.from_numpy(rows)] for n in ("share", "low", "high")})
     figure = plots.dominance_map(shown)
     axes = figure.axes[0]
@@ -605,7 +604,7 @@ def _draw_who(found):
     figure, axes = plots._figure(1, 1, (6.4, 1.2 + 0.22 * len(rows)))
     for i, (label, colour) in enumerate((("both", "#BFE3D5"), (f"only {a}", plots.LOCAL), (f"only {b}", plots.GLOBAL), ("neither", "#DDDDDD"))):
         axes[0, 0].barh(range(len(rows)), parts[:, i], left=left, color=colour, label=label, height=0.8); left += parts[:, i]
-    axes[0, 0].set_yticks(range(len(rows)), [_plain(d.classes[i]) for i in rows])
+    axes[0, 0].set_yticks(range(len(rows)), [_plain(d.classes[i], 40) for i in rows])
     axes[0, 0].set(xlabel="% of the class's videos, by who is right (classes as in the map)", xlim=(0, 100), ylim=(-0.6, len(rows) - 0.4))
     axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     return figure

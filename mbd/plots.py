@@ -34,16 +34,37 @@ def style():
     "Use the kit's text sizes and plain axes for the figures that follow. Call it once a notebook."
     plt.rcParams.update(STYLE)
 
+# %% ../nbs/06_plots.ipynb #0f9a1c02
+def _name(text, width=40, lines=1):
+    "A text from outside as matplotlib may draw it: at most `lines` lines of `width` characters, words left out in the middle, and `$` begins no formula."
+    words = str(text).split()
+    for out in range(len(words)):
+        keep = len(words) - out
+        rows = textwrap.wrap(" ".join(words[:keep - keep // 2] + ["…"] * (out > 0) + words[len(words) - keep // 2:]), width)
+        if len(rows) <= lines:
+            break
+    else:                                  # no words, or even the first alone is too long
+        text, room = " ".join(words), width * lines - 1
+        rows = textwrap.wrap(text[:room - room // 2] + "…" + text[-(room // 2):], width) if text else []
+    return "\n".join(rows).replace("$", r"\$")
+
 # %% ../nbs/06_plots.ipynb #97774fb9
+def _headed(figure, title, banner):
+    "Write the title above a figure, in two lines where it is longer than the figure is wide, and the banner below."
+    if banner:
+        figure.supxlabel(_name(banner, 200), x=0.995, ha="right", fontsize=8, style="italic", color="#5A5A5A")
+    if title:
+        text = _name(title, max(8, int(figure.get_figwidth() / 0.085)), 2)     # 0.085: inches of a letter
+        figure.suptitle(text, fontsize=10)
+        figure.set_figheight(figure.get_figheight() + 0.17 * text.count("\n"))
+    return figure
+
+
 def _figure(rows, columns, size, title=None, banner=None, **options):
     "A new figure that pyplot does not hold, and its axes as an array of shape (rows, columns)."
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
     plt.close(figure)
-    if banner:
-        figure.supxlabel(banner, x=0.995, ha="right", fontsize=8, style="italic", color="#5A5A5A")
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure, axes
+    return _headed(figure, title, banner), axes
 
 # %% ../nbs/06_plots.ipynb #55f4e619
 _INK, _PALE, _FAINT = "#4D4D4D", "#C8C8C8", "#8F8F8F"   # what belongs to neither stream; lines and words of parts that are not lit
@@ -123,7 +144,7 @@ def frames_strip(
     for a, i in zip(axes[0], shown):
         a.imshow(video[i])
         a.set(xticks=[], yticks=[])
-        a.set_title(str(titles[i]) if titles is not None else f"{i}", fontsize=8)
+        a.set_title(_name(titles[i], 16, 2) if titles is not None else f"{i}", fontsize=8)
     return figure
 
 # %% ../nbs/06_plots.ipynb #b8f931be
@@ -197,7 +218,8 @@ def dominance_map(
     a.barh(rows, share[order], height=0.72, color=[GROUP_COLOURS[measured.group[i]] for i in order], alpha=0.85)
     a.hlines(rows, low[order], high[order], color="black", lw=1)
     a.axvline(float(measured.reference), color="black", lw=0.8, ls=":")
-    a.set_yticks(rows, [measured.classes[i] for i in order], fontsize=8 if len(order) <= 40 else 5)
+    size, longest = (8, 36) if len(order) <= 40 else (5, 56)     # points, letters: names take at most half of the narrow figure
+    a.set_yticks(rows, [_name(measured.classes[i], longest) for i in order], fontsize=size)
     a.set(xlim=(0, 1), ylim=(-0.6, len(order) - 0.4), xlabel="share of the local stream (dotted: reference)")
     present = [g for g in GROUP_COLOURS if g in set(measured.group)]
     a.legend(handles=[matplotlib.patches.Patch(color=GROUP_COLOURS[g], alpha=0.85, label=g) for g in present], loc="lower right")
@@ -238,7 +260,7 @@ def share_against_range(
         if mine:
             a.plot(required[mine], share[mine], marker, color=GROUP_COLOURS[group], label=group, zorder=2)
     for i, y in _spread(required, share):
-        a.annotate(measured.classes[i], (required[i], share[i]), xytext=(required[i] + 0.04 * required.max(), y), fontsize=7, va="center", zorder=1.5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
+        a.annotate(_name(measured.classes[i], 28), (required[i], share[i]), xytext=(required[i] + 0.04 * required.max(), y), fontsize=7, va="center", zorder=1.5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
                    arrowprops={"arrowstyle": "-", "color": "#CCCCCC", "lw": 0.5})
     a.axhline(float(measured.reference), color="black", lw=0.8, ls=":", zorder=1)
     if field is not None:
@@ -275,22 +297,27 @@ def confusion_matrix(
         raise ValueError(f"{K} classes need a ({K}, {K}) matrix, got {matrix.shape}")
     fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     few = K <= numbers_up_to
-    size = (1.9 + 0.36 * K, 1.6 + 0.3 * K) if few else (9.6, 4.6)
-    figure, axes = _figure(1, 1 if few else 2, size, title, banner, **({} if few else {"width_ratios": [1.15, 1]}))
+    pairs = [] if few else top_confusions(matrix, classes)
+    names = [_name(c) for c in classes] if few else [_name(true, 36) + "\n  for " + _name(answer, 34) for true, answer, *_ in pairs]
+    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+    more = max(0, longest - (13 if few else 26))     # letters: the figure grows for them, or they would take the room of cells and bars
+    size = (1.9 + 0.36 * K + 0.065 * more, 1.6 + 0.3 * K + 0.045 * more) if few else (9.6 + 0.052 * more, 4.6)
+    figure, axes = _figure(1, 1 if few else 2, size, title, banner, **({} if few else {"width_ratios": [1.15, 1 + 0.0116 * more]}))
     a = axes[0, 0]
     picture = a.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     a.set(xlabel="answer", ylabel="true class")
     figure.colorbar(picture, ax=a, label="fraction of the class's videos", shrink=0.8)
     if few:
-        a.set_xticks(range(K), classes, rotation=45, ha="right", rotation_mode="anchor")
-        a.set_yticks(range(K), classes)
+        a.set_xticks(range(K), names, rotation=45, ha="right", rotation_mode="anchor")
+        a.set_yticks(range(K), names)
+        if more:
+            a.tick_params(labelsize=8)
         for i, j in np.argwhere(matrix > 0):
             a.text(j, i, f"{100 * fractions[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if fractions[i, j] > 0.6 else "black")
         return figure
-    pairs = top_confusions(matrix, classes)
     b = axes[0, 1]
     b.barh(range(len(pairs)), [p[3] for p in pairs], color=BALANCED)
-    b.set_yticks(range(len(pairs)), [textwrap.shorten(p[0], 24) + "\n  for " + textwrap.shorten(p[1], 22) for p in pairs], fontsize=6.5)
+    b.set_yticks(range(len(pairs)), names, fontsize=6.5)
     b.invert_yaxis()
     b.set(xlabel="fraction of the true class's videos", title="true classes, and what they were taken for")
     return figure
@@ -313,7 +340,7 @@ def accuracy_bars(
         a.hlines(y, 100 * low, 100 * high, color=colour, lw=2)
         a.plot(100 * top1[method], y, "D" if method == "adaptive" else "o", color=colour, ms=5)
         a.text(1.01, y, f"{100 * top1[method]:.1f}", transform=a.get_yaxis_transform(), va="center", fontsize=8)
-    a.set_yticks(range(len(methods)), [m.replace("_", " ") for m in methods])
+    a.set_yticks(range(len(methods)), [_name(m.replace("_", " ")) for m in methods])
     a.set(xlabel="top-1 (% of videos)", ylim=(len(methods) - 0.5, -0.5))
     a.grid(axis="x", color="#EEEEEE")
     return figure
@@ -331,28 +358,35 @@ def accuracy_against_cost(
     for name, cost, top1 in sorted(published, key=lambda row: (row[1], -row[2])):
         a.plot(cost, top1, "o", color="#BBBBBB", ms=4)
         if top1 > best:
-            a.annotate(name, (cost, top1), xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=6.5, color="#555555")
+            a.annotate(_name(name, 60), (cost, top1), xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=6.5, color="#555555")
             best = top1
     for name, cost, top1, interval in own:
         if interval:
             a.vlines(cost, *interval, color=FUSED, lw=1.5)
         a.plot(cost, top1, "D", color=FUSED, ms=6)
-        a.annotate(name, (cost, top1), xytext=(6, -3), textcoords="offset points", fontsize=8, color=FUSED)
+        a.annotate(_name(name, 60), (cost, top1), xytext=(6, -3), textcoords="offset points", fontsize=8, color=FUSED)
     a.set(xscale="log", xlabel="GFLOPs of a video, all views (multiply-adds counted once)", ylabel="top-1 (% of videos)")
     a.margins(x=0.25, y=0.1)
     a.grid(color="#EEEEEE")
     return figure
 
 # %% ../nbs/06_plots.ipynb #e9c3c91f
-def _answer_bars(axes, classes, probabilities, label, colour, title, top):
-    "The most probable classes as horizontal bars; the true one in bold."
-    order = np.argsort(-probabilities, kind="stable")[:top]
+def _first(probabilities, top):
+    "Places of the most probable classes."
+    return np.argsort(-np.asarray(probabilities, float), kind="stable")[:top]
+
+
+def _answer_bars(axes, names, probabilities, label, colour, title, top, long):
+    "The most probable classes as horizontal bars; the true one in bold. Beside long names the bars are narrower than the title, which then ends with them."
+    order = _first(probabilities, top)
     axes.barh(range(len(order)), probabilities[order], color=colour, height=0.6, alpha=0.85)
-    axes.set_yticks(range(len(order)), [classes[k] + (" ✓" if k == label else "") for k in order])
+    axes.set_yticks(range(len(order)), [names[k] + (" ✓" if k == label else "") for k in order])
     for text, k in zip(axes.get_yticklabels(), order):
         text.set_fontweight("bold" if k == label else "normal")
     axes.set(xlim=(0, 1), xlabel="probability", ylim=(len(order) - 0.5, -0.5))
-    axes.set_title(title, color=colour, fontsize=9)
+    axes.set_title(title, color=colour, fontsize=9, loc="right" if long else "center")
+    if long:
+        axes.tick_params(axis="y", labelsize=8)
 
 # %% ../nbs/06_plots.ipynb #f17245c1
 def prediction_strip(
@@ -368,23 +402,23 @@ def prediction_strip(
     banner=None,
 ) -> Figure:
     "Frames of a video, and below them what each stream and the fusion answer."
-    figure = plt.figure(figsize=(8.6, 3.1), layout="constrained")
+    fused = "fused" if weight is None else f"fused (weight of local: {float(weight):.2f})"
+    answers = ((p_local, LOCAL, "local stream"), (p_global, GLOBAL, "global stream"), (p_fused, FUSED, fused))
+    names = {k: _name(classes[k], 24, 2) for p, *_ in answers for k in _first(p, top)}
+    two_lines = any("\n" in name for name in names.values())
+    long = two_lines or max(map(len, names.values()), default=0) > 13
+    more = max(0, 0.3 * top - 0.75) if two_lines else 0      # inches that such names need below
+    figure = plt.figure(figsize=(8.6, 3.1 + more), layout="constrained")
     plt.close(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25 + more / 1.38])
     shown = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
     for a, i in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown):
         a.imshow(np.asarray(video)[i])
         a.set(xticks=[], yticks=[])
         a.set_title(f"{i}", fontsize=7)
-    fused = "fused" if weight is None else f"fused (weight of local: {float(weight):.2f})"
-    answers = ((p_local, LOCAL, "local stream"), (p_global, GLOBAL, "global stream"), (p_fused, FUSED, fused))
     for a, (p, colour, name) in zip(lower.subplots(1, 3), answers):
-        _answer_bars(a, classes, np.asarray(p, float), label, colour, name, top)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    if banner:
-        figure.supxlabel(banner, x=0.995, ha="right", fontsize=8, style="italic", color="#5A5A5A")
-    return figure
+        _answer_bars(a, names, np.asarray(p, float), label, colour, name, top, long)
+    return _headed(figure, title, banner)
 
 # %% ../nbs/06_plots.ipynb #6b7e0a02
 def share_gauge(
@@ -440,11 +474,7 @@ def evidence_strip(
         a.plot(seconds, when / max(when.max(), 1e-12), line, color=colour, marker=".", label=name)
     a.set(xlabel="time (s)", ylabel="evidence", ylim=(0, 1.6), yticks=(0, 1))
     a.legend(loc="upper right", ncols=2)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    if banner:
-        figure.supxlabel(banner, x=0.995, ha="right", fontsize=8, style="italic", color="#5A5A5A")
-    return figure
+    return _headed(figure, title, banner)
 
 # %% ../nbs/06_plots.ipynb #6b7e0a09
 CLASS_COLOURS = ("#000000", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")     # none of a stream
@@ -472,7 +502,7 @@ def timeline(
     figure, axes = _figure(2, 1, (8, 4), title, banner, sharex=True, height_ratios=[1.5, 1])
     x, dots = seconds / unit, {"marker": "."} if len(seconds) <= 60 else {"lw": 0.8}
     for k, colour, line in zip(shown, CLASS_COLOURS, CLASS_LINES):
-        axes[0, 0].plot(x, fused[:, k], color=colour, ls=line, label=textwrap.shorten(classes[k], 28), **dots)
+        axes[0, 0].plot(x, fused[:, k], color=colour, ls=line, label=_name(classes[k], 28, 2), **dots)
     axes[0, 0].set(ylabel="probability", ylim=(0, 1.02))
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     a = axes[1, 0]

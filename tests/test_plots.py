@@ -2,6 +2,7 @@
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,77 @@ def test_true_class_is_marked_in_every_list():
     figure = plots.prediction_strip(np.zeros((3, 4, 4, 3), np.uint8), measured().classes, *p, label=2)
     lists = [[t.get_text() for t in a.get_yticklabels()] for a in figure.axes if a.get_xlabel() == "probability"]
     assert [names.index("class 2 ✓") for names in lists] == [0, 1, 0]
+
+
+# sentences, as the classes of Something-Something are: of forty to a hundred letters
+LONG = [f"{verb} something that {way} on top of something else that cannot hold it, {end}" for verb in ("Laying", "Balancing", "Pretending to balance")
+        for way, end in (("rolls", "so it falls down"), ("does not quite stand", "so that in the end all of it falls off the table"), ("bends", "and nothing happens"), ("slides", "until it stays"))]
+
+
+def drawn_of_long_names(classes):
+    K, video = len(classes), np.zeros((8, 16, 22, 3), np.uint8)
+    p, share = [np.roll(np.linspace(1, 0, K), k) for k in range(3)], np.linspace(0.2, 0.8, K)
+    m, matrix = SimpleNamespace(classes=classes, share=share, low=share - 0.1, high=share + 0.1, reference=0.5, group=["local"] * K), np.ones((K, K), int)
+    title = f"largest weight of the local stream: {classes[5]}"
+    return {
+        "prediction": plots.prediction_strip(video, classes, *p, 0.5, 0, title=title, banner="made up"),
+        "five answers": plots.prediction_strip(video, classes, *p, 0.5, top=5, title="a_file.mp4"),
+        "evidence": plots.evidence_strip(video[:6], range(6), *np.ones((2, 6, 2, 2)), title=title),
+        "map": plots.dominance_map(m), "map of many": plots.dominance_map(SimpleNamespace(**vars(m) | {n: np.resize(getattr(m, n), 44) for n in ("classes", "share", "low", "high", "group")})),
+        "map with ranges": plots.dominance_map(m, np.arange(1, K + 1), 5, title=title),
+        "confusion": plots.confusion_matrix(matrix, classes, title=title), "confusion of many": plots.confusion_matrix(matrix, classes, numbers_up_to=2),
+        "timeline": plots.timeline(np.arange(9.0), classes, np.resize(p[0], (9, K)), np.full(9, 0.5), title=title),
+    }
+
+
+@pytest.fixture(scope="module")
+def long_named():
+    "The figures as a run draws them, and what matplotlib said meanwhile."
+    with matplotlib.rc_context(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")      # "axes sizes collapsed to zero"
+        plots.style()
+        drawn = drawn_of_long_names(LONG)
+        for figure in drawn.values():
+            figure.draw_without_rendering()
+        yield drawn, [str(warning.message) for warning in said]
+
+
+def test_long_names_leave_room_for_what_they_name(long_named):
+    drawn, said = long_named
+    assert max(map(len, LONG)) > 95 and said == []
+    for name, figure in drawn.items():
+        sizes = [a.get_window_extent().width / figure.dpi for a in figure.axes if "fraction" not in a.get_ylabel()]      # but the colour bar
+        assert min(sizes) > 0.9 or name == "evidence", (name, sizes)
+
+
+def test_no_name_is_cut_or_lies_on_another_or_on_a_bar(long_named):
+    for what, figure in long_named[0].items():
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02 and box.y1 < height + 0.02, (what, box)
+        for axes in figure.axes:
+            boxes = [t.get_window_extent() for t in axes.get_yticklabels() if len(t.get_text()) > 20]
+            boxes.sort(key=lambda box: box.y0)
+            assert all(below.y1 < above.y0 + 1 for below, above in zip(boxes, boxes[1:])), what
+            assert not any(box.overlaps(other.bbox) for box in boxes for other in figure.axes), what
+
+
+def test_a_long_name_keeps_its_ends_and_a_short_one_all():
+    assert plots._name("passing American football (not in game)") == "passing American football (not in game)"
+    assert plots._name("Putting something on a steep slope so it slides down", 24, 2) == "Putting something on a …\nso it slides down"
+    assert plots._name("v_" + "x" * 90 + "_c01.avi", 20) == "v_xxxxxxxx…x_c01.avi" and plots._name("") == ""
+    assert len({plots._name(name, 56) for name in LONG}) == len(LONG)
+
+
+def test_a_dollar_in_a_name_is_a_dollar_and_no_formula():
+    names, p = ["$\\frac$", "win $5 or $10", "a"], np.array([0.5, 0.3, 0.2])
+    m = SimpleNamespace(classes=names, share=p, low=p - 0.1, high=p + 0.1, reference=0.5, group=["local"] * 3)
+    figures = [plots.prediction_strip(np.zeros((1, 8, 8, 3), np.uint8), names, p, p, p, title="a $\\frac$.mp4"), plots.dominance_map(m, title="$\\frac$"), plots.share_against_range(m, [1, 2, 3]),
+               plots.confusion_matrix(np.ones((3, 3), int), names), plots.confusion_matrix(np.ones((3, 3), int), names, numbers_up_to=1), plots.timeline([1.0], names, [p], [0.5]),
+               plots.frames_strip(np.zeros((3, 8, 8, 3), np.uint8), titles=names), plots.evidence_strip(np.zeros((1, 8, 8, 3), np.uint8), [0], *np.ones((2, 1, 2, 2)), title="$\\frac$"),
+               plots.accuracy_bars({"$\\frac$": 0.5}), plots.accuracy_against_cost([("$\\frac$", 1, 50)], [("$\\frac$", 2, 60, None)], banner="$\\frac$")]
+    for figure in figures:
+        figure.draw_without_rendering()       # a formula that matplotlib cannot read would raise
+        assert [t for t in words(figure) if r"\frac" in t] and all(r"\$\frac\$" in t for t in words(figure) if r"\frac" in t)
 
 
 def test_style_changes_text_sizes():
