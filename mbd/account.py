@@ -36,20 +36,34 @@ def videos(s) -> str:
     return "\n".join([table(["part", "expected", "found", "unreadable", "sources"], rows), "", *bad, *more]).strip()
 
 # %% ../nbs/17_account.ipynb #a46d82f7
+def _extent(s):
+    "(frames, pixels) of its clip that one feature of the local stream sees; None for a network whose layers cannot be followed."
+    try: frames, pixels = local_stream.receptive_field(s.model.local)
+    except ValueError: return None
+    return min(frames, s.model.local_view.frames), min(pixels, s.model.local_view.size)
+
+def _field_in_words(s):
+    view, extent = s.model.local_view, _extent(s)
+    if extent is None: return "not known"
+    frames, pixels = extent
+    time = f"{frames} of its frames" if view.sampling != "dense" else f"{frames*view.seconds:.1f} s" if view.seconds else f"{(frames - 1)*view.stride + 1} frames"
+    return f"{time} x {pixels} px"
+
 def streams(s) -> str:
     "What each stream sees, and costs. Markdown."
     rows = []
     for name, stream, view in (("local", s.model.local, s.model.local_view), ("global", s.model.global_, s.model.global_view)):
-        field = "{} frames x {} px".format(*local_stream.receptive_field(stream, view.stride)) if name == "local" else "whole clip"
+        field = _field_in_words(s) if name == "local" else "whole clip"
         when = {"dense": "in a stretch", "segments": "spread over the video", "shared": "spread over the other's stretch"}[view.sampling]
         rows.append((name, stream.backbone, f"{view.frames} frames {when}, {view.size} px", field, f"{s.cost['parameters'][name]/1e6:.2f}", f"{s.cost['gflops_per_view'][name]:.2f}", ", ".join(stream.seen) or "nothing"))
     equal = {"unequal": f" Its streams are **unequal** (more than {pairs.UNEQUAL:g} points apart): expect most classes in one group.", "?": " How far its streams are apart is not published.", "equal": ""}[pairs.flag(s.pair)]
     return table(["stream", "network", "sees", "field of one feature", "M parameters", "GFLOPs a view", "has seen"], rows) + f"\n\nPair *{s.pair.name}*: {s.pair.about}.{equal}"
 
 # %% ../nbs/17_account.ipynb #14101231
-def field(s) -> int:
-    "Frames that one feature of the local stream sees."
-    return local_stream.receptive_field(s.model.local, s.model.local_view.stride)[0]
+def field(s) -> int | None:
+    "Frames of the video that one feature of the local stream sees; None where it is not known, or where the clip is not cut in frames."
+    view, extent = s.model.local_view, _extent(s)
+    return None if extent is None or view.seconds or view.sampling != "dense" else (extent[0] - 1)*view.stride + 1
 
 def look(s, record):
     "Frames of a video, uint8 (T, H, W, 3)."
@@ -64,8 +78,8 @@ def examples(s, title, most=10, columns=8):
     for row, record in zip(axes, chosen):
         shown = look(s, record)
         for ax, i in zip(row, np.linspace(0, len(shown) - 1, columns).round().astype(int)): ax.imshow(shown[i]); ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(s.classes[record.label][:24], rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(title, fontsize=8)
+        row[0].set_ylabel(plots._name(s.classes[record.label], 24, 2), rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle(plots._name(title, 100), fontsize=8)
     s.run.save_figure("videos", figure)
     return figure
 
