@@ -54,9 +54,16 @@ def test_warm_up_is_trained_once(world, monkeypatch):
 
 def test_arms_differ_and_the_same_arm_gives_the_same_row(world):
     directed = Arm(Distillation(intermediate_weight=0., only_right_teacher=False), groups="point")
-    a, b, none = (score_arm(world, train_arm(world, arm)) for arm in (directed, directed, Arm()))
-    assert a == b and a != none and a.keys() == none.keys()
+    a, b, none = (worlds._cell(world, arm) for arm in (directed, directed, Arm()))
+    assert a == b and a != none and a.keys() == none.keys() and a["knobs"] != none["knobs"]
+    assert a["taught_local"] + a["taught_global"] == pytest.approx(1) and none["taught_local"] == none["taught_global"] == 0      # by the point groups each video is a lesson for one of them
     assert all(0 <= a[k] <= 1 for k in ("local", "global", "adaptive", "oracle", "best_baseline", "disagreement", "cka")) and a["oracle"] >= max(a["local"], a["global"])
+
+
+def test_arms_in_which_nobody_speaks_are_one_training_and_say_so(world):
+    never = Distillation(intermediate_weight=0., only_right_teacher=False, sure_above=.999)
+    one, two = (worlds._cell(world, Arm(replace(never, arm=arm), groups="point")) for arm in ("directed", "both"))
+    assert one["taught_local"] == one["taught_global"] == 0 and {**one, "knobs": ""} == {**two, "knobs": ""}
 
 
 def test_a_round_begins_where_the_one_before_has_ended(world, monkeypatch):
