@@ -464,14 +464,13 @@ def _fetch(path, plans, known):
     return frames, [(view, where, [(np.searchsorted(wanted, index), t0, t1) for index, t0, t1 in times]) for view, where, times in plans]
 
 # %% ../nbs/05_clips.ipynb #7a51c0d8
-def _check_given(records, frames, flip, seed, rate):
+def _check_given(records, flip, seed, rate):
     "Raise ValueError or TypeError for what `ClipDataset` cannot use."
-    if frames is None: _check_files(records)
     if isinstance(flip, (str, bytes)) or not isinstance(flip, (bool, Collection)): raise ValueError(f"flip must be True, False or a set of labels, not {flip!r}")
     list(video._whole(0, seed=seed))
     if isinstance(rate, Mapping):
         lacking = [r.id for r in records if r.id not in rate]
-        if lacking: raise ValueError(f"rate lacks {len(lacking)} of {len(records)} records, {lacking[0]!r} first: give a number for each, or None for what the file says")
+        if lacking: raise ValueError(f"rate lacks {len(lacking)} of {len(records)} records, {lacking[0]!r} first: give a number for each, or rate = None for what the files say")
         for r in records: _checked_rate(rate[r.id], f"rate of {r.id!r}")
     elif rate is not None: _checked_rate(rate)
 
@@ -500,7 +499,7 @@ class ClipDataset(torch.utils.data.Dataset):
         if crops not in (1, 3): raise ValueError(f"crops must be 1 or 3, not {crops!r}")
         if isinstance(clips, bool) or not isinstance(clips, int) or clips < 1: raise ValueError(f"clips must be a whole number of at least 1, not {clips!r}")
         if not 0 <= max_failures <= 1: raise ValueError(f"max_failures is a fraction of the records, 0..1, not {max_failures!r}")
-        _check_given(self.records, frames, flip, seed, rate)
+        _check_given(self.records, flip, seed, rate)
         if local.sampling == global_.sampling == "shared": raise ValueError("local and global_ views are both 'shared': one of them must be 'dense' or 'segments'")
         self.frames, self.local, self.global_, self.index, self.rate = frames, local, global_, index or {}, rate
         self.train, self.flip, self.seed, self.epoch, self.augment = train, flip, seed, 0, augment
@@ -526,7 +525,7 @@ class ClipDataset(torch.utils.data.Dataset):
     ) -> list: # an item for each view
         "Items of one video, from one reading of it. Raises VideoError, and ValueError for frames of another kind."
         record, pair = self.records[index], (self.local, self.global_)
-        if self.frames is None: known = self.index.get(record.id); shape = _shape(known or video.scan(record.path))
+        if self.frames is None: _check_files([record]); known = self.index.get(record.id); shape = _shape(known or video.scan(record.path))      # a list may hold videos that are never asked for
         else: known, frames = None, video._video(self.frames[record.id], f"video {record.id!r}", 3); shape = frames.shape[:3]
         rate, plans = self._rate(record) if any(v.seconds for v in pair) else None, []
         for view in views:

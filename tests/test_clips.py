@@ -480,8 +480,10 @@ def test_a_rate_that_is_none_is_refused_wherever_it_is_used():
 
 def test_a_record_without_a_file_is_named(few, tmp_path):
     records = [replace(r, path=None) if r.id == "v2" else r for r in few[0]]
-    for use in (lambda: ClipDataset(records, None, *VIEWS), lambda: load_frames(records), lambda: FrameCache(records, tmp_path / "c")):
+    for use in (lambda: load_frames(records), lambda: FrameCache(records, tmp_path / "c")):
         with pytest.raises(ValueError, match="1 of 6 records have no file .*'v2' first: load the lists with the folder"): use()
+    data = ClipDataset(records, None, *VIEWS)      # a list may hold videos that are never asked for
+    with pytest.raises(ValueError, match="1 of 1 records have no file .*'v2' first"): data[[r.id for r in records].index("v2")]
     assert len(ClipDataset(records, few[1], *VIEWS)) == 6      # whose frames are at hand needs none
 
 
