@@ -230,8 +230,9 @@ class DominanceMap:
             if len(getattr(self, name)) != len(self.classes): raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.classes)} classes")
         unknown = set(self.group) - set(GROUPS)
         if unknown: raise ValueError(f"unknown group {sorted(unknown)[0]!r}; groups are {', '.join(GROUPS)}")
-        if not ((self.low >= 0) & (self.low <= self.share) & (self.share <= self.high) & (self.high <= 1)).all():      # NaN is none of these
-            c = int((~((self.low >= 0) & (self.low <= self.share) & (self.share <= self.high) & (self.high <= 1))).nonzero()[0])
+        good = (self.low >= 0) & (self.low <= self.share) & (self.share <= self.high) & (self.high <= 1)      # NaN is none of these
+        if not good.all():
+            c = int((~good).nonzero()[0])
             raise ValueError(f"shares must lie in 0..1, and in their intervals; class {self.classes[c]!r} has {self.share[c]:.3g} in [{self.low[c]:.3g}, {self.high[c]:.3g}]")
         if not 0 <= self.reference <= 1: raise ValueError(f"reference must lie in 0..1, not {self.reference}")
         if len(set(self.classes)) != len(self.classes): raise ValueError(f"class {max(self.classes, key=list(self.classes).count)!r} is there twice")
