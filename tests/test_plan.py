@@ -58,14 +58,14 @@ def test_a_batch_beyond_memory_is_refused_before_it_is_tried(schedule, monkeypat
 
 
 def test_what_a_step_takes_is_about_what_was_counted():
-    "In a process of its own: one that has worked before takes memory that it has given back only to itself."
+    "In a process of its own, after a small step: the first one also loads libraries, and a process takes memory that it has given back only to itself."
     code = """if True:
         from mbd import pairs, plan, speed, training
         model = speed.random_model(pairs.find_pair("miniactions"))
-        counted = 16*plan.kept_bytes(model) + 4*sum(p.numel()*4 for p in model.parameters())
-        print(counted, plan.try_step(model, training.Training(batch_size=16), 16)[1])"""
+        plan.try_step(model, training.Training(batch_size=2), 2)
+        print(64*plan.kept_bytes(model), plan.try_step(model, training.Training(batch_size=64), 64)[1])"""
     counted, measured = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}).stdout.split()
-    assert measured == "None" or float(counted)/4 < float(measured) < 4*float(counted), (counted, measured)
+    assert measured == "None" or float(counted)/2 < float(measured) < 3*float(counted), (counted, measured)
 
 
 def test_a_gpu_that_is_too_small_is_named(schedule, monkeypatch):
