@@ -495,6 +495,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbd.experiment._check_step': ('experiment.html#_check_step', 'mbd/experiment.py'),
                                 'mbd.experiment._fill': ('experiment.html#_fill', 'mbd/experiment.py'),
                                 'mbd.experiment._gpu_memory': ('experiment.html#_gpu_memory', 'mbd/experiment.py'),
+                                'mbd.experiment._hindrance': ('experiment.html#_hindrance', 'mbd/experiment.py'),
                                 'mbd.experiment._impossible': ('experiment.html#_impossible', 'mbd/experiment.py'),
                                 'mbd.experiment._let_go': ('experiment.html#_let_go', 'mbd/experiment.py'),
                                 'mbd.experiment._missing': ('experiment.html#_missing', 'mbd/experiment.py'),

@@ -984,9 +984,7 @@ _ASIDE = {"resume", "workers", "reports", "checkpoint_minutes", "tensorboard", "
 
 
 def _refused(record, status):
-    "What keeps a run from going on here, in words; empty where nothing does."
-    if status == "running":
-        return f"running: process {record['process']['pid']} of {record['process']['host']}, seen last {record['heartbeat']}"
+    "Why this code cannot go on with a run, in words; empty where it can."
     if record.get("code") != code():
         return f"{status}, and the code of mbd has changed since"
     changed = {n: f"{v} then, {versions().get(n)} now" for n, v in record["versions"].items() if v != versions().get(n)}
@@ -997,16 +995,16 @@ def unfinished(
     parent,  # folder of the experiment's runs
     parameters,  # all of them, by attribute
 ) -> tuple:  # (its folder or None, why a newer one was passed over, in words)
-    "The newest run there that asked for the same with the same code and versions, has checkpoints, and ended before it was complete; in a notebook also one that was completed without."
+    "The newest run there that asked for the same with the same code and versions, and is running, or has checkpoints and ended before it was complete; in a notebook also one that was completed without."
     matter = lambda values: {n: v for n, v in values.items() if n not in _ASIDE}
     passed = ""
     for path in sorted(Path(parent).glob("*/parameters.json"), reverse=True):
         try:
             asked = json.loads(path.read_text(encoding="utf-8"))["resolved"]
             record = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
-            if matter(asked) != matter(plain(vars(parameters))) or not any((path.parent / "checkpoints").iterdir()):
-                continue
             status = effective_status(record)
+            if matter(asked) != matter(plain(vars(parameters))) or (status != "running" and not any((path.parent / "checkpoints").iterdir())):
+                continue
             unseen = status == "complete" and record.get("notebook") is False and _shell() is not None      # `mbd train` trained it: now draw its figures
             if status == "complete" and not unseen:
                 continue
@@ -1017,6 +1015,16 @@ def unfinished(
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None, passed
+
+# %% ../nbs/16_experiment.ipynb #eca91304
+def _hindrance(earlier) -> str:
+    "What keeps a run from beginning, in words; empty where nothing does. `earlier`: the record of the run to go on with, or None."
+    if earlier and effective_status(earlier) == "running":
+        process = earlier["process"]
+        return (f"{earlier['run']} is running with the same parameters: process {process['pid']} of {process['host']}, seen last {earlier['heartbeat']}. Wait for its end "
+                f"(if its machine was lost, {STALE / 60:.0f} minutes from then, and it goes on), or begin another one beside it with resume = False")
+    return ""
+
 
 # %% ../nbs/16_experiment.ipynb #51bd1810
 def parameters_of(
@@ -1050,15 +1058,20 @@ def start(
     given = given_parameters(namespace, experiment)
     parameters, why, settings = parameters_of(experiment, given, settings)
     parent = Path(parameters.reports) / (experiment.name + ("-generated" if parameters.data == "generated" else ""))
-    main, folder, earlier, passed = devices.processes()[0] == 0, None, None, ""
+    main, folder, earlier, passed, hindrance = devices.processes()[0] == 0, None, None, "", ""
     if getattr(parameters, "deterministic", False):
         torch.use_deterministic_algorithms(True, warn_only=True)
     if main:
         _let_go()      # before it is looked for: started again in the same notebook, it is the one to go on
         folder, passed = unfinished(parent, parameters) if getattr(parameters, "resume", False) else (None, "")
         earlier = folder and json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        folder = folder or new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{parameters.preset}-seed{parameters.seed}")
-    folder = Path(devices.broadcast(str(folder)))
+        hindrance = _hindrance(earlier)
+        if not folder and not hindrance:
+            folder = new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{parameters.preset}-seed{parameters.seed}")
+    hindrance, folder = devices.broadcast([hindrance, str(folder)])
+    if hindrance:
+        raise ParameterError(hindrance)
+    folder = Path(folder)
     run = Run(folder, experiment, parameters, {n: v for n, v in given.items() if v is not None}, why, heartbeat, main, earlier)
     run.settings = settings
     if not main:

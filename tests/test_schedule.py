@@ -117,7 +117,7 @@ def test_a_job_that_the_queue_starts_again_on_another_machine_goes_on(settings, 
     assert "goes on: it was interrupted" in capsys.readouterr().out
     monkeypatch.setattr(experiment, "_current", None)
     monkeypatch.setenv("SLURM_JOB_ID", "78")                # another job, and process, leaves it alone, and says why
-    assert go(settings).run.folder != first.run.folder and "is running: process" in capsys.readouterr().out
+    with pytest.raises(ParameterError, match="is running with the same parameters: process"): go(settings)
 
 
 def test_seconds_and_clips_of_a_killed_session_count(settings, monkeypatch):
@@ -137,10 +137,24 @@ def test_a_running_run_is_not_taken_over(settings):
     try:
         while "ready" not in child.stdout.readline(): assert child.poll() is None
         (theirs,) = settings.reports.glob("*/*")
-        assert go(settings).run.folder != theirs
+        with pytest.raises(ParameterError, match=rf"{theirs.name} is running with the same parameters: process {child.pid} of .*resume = False"): go(settings)
+        assert [theirs] == list(settings.reports.glob("*/*")) and go(settings, resume=False).run.folder != theirs
     finally: child.kill(); child.wait()
     experiment._current.fail("stopped")
     assert experiment.unfinished(theirs.parent, experiment.resolve(experiment.check_parameters(ASKED, "ucf101"), "ucf101", settings)[0])[0] is not None
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_alive_on_another_machine_is_neither_taken_over_nor_begun_anew(settings, saved):
+    first = experiment.start("ucf101", ASKED | dict(seed=7), settings); first.fail("stopped")
+    if saved: (first.checkpoints/"x").touch()
+    file = first.folder/"result.json"
+    alive = json.loads(file.read_text()) | {"status": "running"}; alive["process"]["host"] = "another machine"
+    file.write_text(json.dumps(alive | {"heartbeat": experiment._now()}))
+    with pytest.raises(ParameterError, match=f"{first.folder.name} is running .*another machine.*5 minutes.*resume = False"): go(settings, seed=7)
+    assert [first.folder] == list(settings.reports.glob("*/*")) and json.loads(file.read_text())["status"] == "running"
+    file.write_text(json.dumps(alive | {"heartbeat": "2026-01-01T00:00:00+00:00"}))      # nobody is left there
+    assert (go(settings, seed=7).run.folder == first.folder) == saved
 
 
 def test_the_recipe_of_a_run_is_that_of_its_stages(settings):
