@@ -50,7 +50,7 @@ from .miniactions import sized
 from . import devices
 from .pairs import count_cost, find_pair, map_refused
 from .recipes import Mixing
-from .training import Training, _check_split
+from .training import Training, _check_split, _synchronise
 
 # %% ../nbs/16_experiment.ipynb #c6dfea32
 class ParameterError(ValueError):
@@ -1017,12 +1017,17 @@ def unfinished(
     return None, passed
 
 # %% ../nbs/16_experiment.ipynb #eca91304
-def _hindrance(earlier) -> str:
+def _hindrance(parameters, earlier) -> str:
     "What keeps a run from beginning, in words; empty where nothing does. `earlier`: the record of the run to go on with, or None."
     if earlier and effective_status(earlier) == "running":
         process = earlier["process"]
         return (f"{earlier['run']} is running with the same parameters: process {process['pid']} of {process['host']}, seen last {earlier['heartbeat']}. Wait for its end "
                 f"(if its machine was lost, {STALE / 60:.0f} minutes from then, and it goes on), or begin another one beside it with resume = False")
+    if not earlier and getattr(parameters, "batch_norm", "batch") == "synced":
+        try:
+            _synchronise({}, devices.processes()[1], torch.device(parameters.device))
+        except ValueError as error:
+            return str(error)
     return ""
 
 
@@ -1065,7 +1070,7 @@ def start(
         _let_go()      # before it is looked for: started again in the same notebook, it is the one to go on
         folder, passed = unfinished(parent, parameters) if getattr(parameters, "resume", False) else (None, "")
         earlier = folder and json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        hindrance = _hindrance(earlier)
+        hindrance = _hindrance(parameters, earlier)
         if not folder and not hindrance:
             folder = new_folder(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{parameters.preset}-seed{parameters.seed}")
     hindrance, folder = devices.broadcast([hindrance, str(folder)])

@@ -157,6 +157,15 @@ def test_a_run_alive_on_another_machine_is_neither_taken_over_nor_begun_anew(set
     assert (go(settings, seed=7).run.folder == first.folder) == saved
 
 
+def test_synced_statistics_without_several_gpus_are_refused_before_a_folder_is_made(settings, monkeypatch):
+    with pytest.raises(ParameterError, match="batch_norm = 'synced' joins the statistics of several GPUs, and here 1 process.* compute on cpu"): go(settings, batch_norm="synced")
+    assert not settings.reports.exists()
+    with monkeypatch.context() as gpus:
+        gpus.setattr(experiment, "_synchronise", lambda *given: None)
+        first = go(settings, batch_norm="synced"); (first.run.checkpoints/"x").touch(); first.run.fail("stopped")
+    assert go(settings, batch_norm="synced").run.folder == first.run.folder      # what several GPUs have trained may be looked at
+
+
 def test_the_recipe_of_a_run_is_that_of_its_stages(settings):
     p = experiment.start("ucf101", ASKED | dict(optimiser="sgd", mixup=.2, average=.9, accumulate=2, rate_warm_up=.3), settings).parameters
     made = experiment.recipe(p, epochs=3, learning_rate=.1, seed=4)
