@@ -267,7 +267,7 @@ FEATURES = (
     *(_shared[n] for n in ("learning_rate", "distil_learning_rate")),
     Parameter("hidden", int, None, "width of each adapted stage", "numbers", low=1, high=4096),
     *(replace(p, choices=("relation", "logit")) if p.name == "intermediate" else p for p in TEACHING),      # a stored vector has no cells to compare
-    *(_shared[n] for n in ("control", "resamples")),
+    *(_shared[n] for n in ("control", "resume", "resamples")),
     Parameter("device", str, "cpu", "auto, cpu, cuda, cuda:0 ... or mps: heads on vectors are quick on a CPU", pattern=_shared["device"].pattern),
     Parameter("precision", str, "float32", "of the training arithmetic", choices=("float32", "bfloat16")),
     *(_shared[n] for n in ("workers", "reports")),

@@ -605,3 +605,30 @@ def test_a_part_of_stored_real_lists_is_what_was_asked_for(tmp_path):
     subprocess.run([sys.executable, "-m", "papermill", "nbs/run_features.ipynb", str(tmp_path/"out.ipynb"), "--cwd", "nbs", *(x for n, v in words.items() for x in ("-p", n, str(v)))], check=True, cwd=ROOT, env=known)
     record = json.loads(next((tmp_path/"reports").rglob("result.json")).read_text())["data"]
     assert sum(record[n]["expected"] for n in ("fit", "map", "gate")) == 48 and record["test"] == {"expected": 16, "found": 16, "unreadable": 0}
+
+
+def test_run_features_goes_on_with_the_stores_it_was_killed_in(tmp_path, monkeypatch):
+    notebook = ROOT/"nbs"/"run_features.ipynb"
+    if not notebook.is_file(): pytest.skip("an installed package has no notebooks")
+    pytest.importorskip("IPython")
+    monkeypatch.setenv("MBD_DATA_MINIACTIONS", str(tmp_path/"videos")); monkeypatch.setenv("MBD_PROGRESS", "none")
+    source = ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    stores = next(k for k, text in enumerate(source) if "features.extract" in text)
+    given = dict(preset="smoke", train_videos=30, test_videos=10, pretrain_epochs=1, workers=0, reports=str(tmp_path/"reports"))
+    written, steps, write, step = [], [], features._Part.write, training._one_step
+    def begin(most):
+        "All up to the stores, which are killed after so many videos."
+        def counted(*values):
+            if len(written) == most: raise MemoryError("killed")
+            written.append(1); return write(*values)
+        written.clear(); steps.clear(); space = {}
+        monkeypatch.setattr(features._Part, "write", counted); monkeypatch.setattr(training, "_one_step", lambda *given: steps.append(1) or step(*given))
+        exec(source[0], space); space |= given
+        for text in source[1:stores + 1]: exec(text, space)
+        return space
+    with pytest.raises(MemoryError): begin(60)                          # all of the local stream's forty, half of the global one's
+    assert steps
+    space = begin(99)
+    assert len(written) == 20 and not steps and [len(s) for s in space["store"].values()] == [40, 40]
+    assert len(list((tmp_path/"reports").glob("*/*/result.json"))) == 1
+    space["run"].fail("stopped")
