@@ -493,6 +493,7 @@ class ClipDataset(torch.utils.data.Dataset):
         index=None, # {id: FrameIndex} of videos read from files; the others are scanned once
         rate=None, # frames per second, a number or {id: number}, for views in seconds; None: as `frame_rate` finds it (wrong where `max_frames` thinned the frames)
         max_failures=0.01, # fraction of the records that may turn out unreadable before `batches` gives up
+        together=None, # a list of data sets, which this one joins: the fraction is of the records of all of them. None: it counts alone
     ):
         self.records = [r for r in records if frames is None or r.id in frames]
         if not self.records: raise ValueError(f"none of the {len(records)} records has frames; check the folder of the videos")
@@ -504,7 +505,8 @@ class ClipDataset(torch.utils.data.Dataset):
         self.frames, self.local, self.global_, self.index, self.rate = frames, local, global_, index or {}, rate
         self.train, self.flip, self.seed, self.epoch, self.augment = train, flip, seed, 0, augment
         self.clips, self.crops = (1, 1) if train else (clips, crops)
-        self.max_failures, self.failures, self._rates = max_failures, {}, {}
+        self.max_failures, self.failures, self._rates, self.together = max_failures, {}, {}, [] if together is None else together
+        self.together.append(self)
         self.labels = torch.tensor([r.label for r in self.records])
         self.sources = [r.source for r in self.records]
 
@@ -623,12 +625,12 @@ def _count_failure(data, index, reason):
 
 def _check_failures(data):
     "Raise RuntimeError where more than `max_failures` of the records could not be read."
-    videos = len({r.id for r in data.records})      # a list may hold a video several times
-    if len(data.failures) <= data.max_failures * videos: return
-    paths = {r.id: r.path for r in data.records if r.id in data.failures}
-    first = "; ".join(f"{paths[id]}: {why}" for id, why in list(data.failures.items())[:3])
-    raise KitError(f"{len(data.failures)} of {videos} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * videos)}: {first}"
-                       f"{'; ...' if len(data.failures) > 3 else ''}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
+    paths = {r.id: r.path for some in data.together for r in some.records}      # lists may hold a video several times
+    failures = {id: why for some in data.together for id, why in some.failures.items()}
+    if len(failures) <= data.max_failures * len(paths): return
+    first = "; ".join(f"{paths[id]}: {why}" for id, why in list(failures.items())[:3])
+    raise KitError(f"{len(failures)} of {len(paths)} videos could not be read, and max_failures = {data.max_failures} allows {int(data.max_failures * len(paths))}: {first}"
+                       f"{'; ...' if len(failures) > 3 else ''}. Run `mbd data check`, which lists every unreadable file, or raise max_failures")
 
 # %% ../nbs/05_clips.ipynb #c4429ca2
 _PATIENCE = 600    # seconds that loader processes may be silent

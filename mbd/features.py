@@ -487,8 +487,8 @@ class FeatureDataset:
         lacks = lambda r: next((store.unreadable.get(r.id, f"not in {store.folder.name}") for store in (local, global_) if r.id not in store.number or store._part[store.number[r.id]] < 0), None)
         self.unreadable = {r.id: why for r in records if (why := lacks(r))}
         self.records = [r for r in records if r.id not in self.unreadable]
-        if not self.records or len(self.unreadable) > max_failures*len(records):
-            raise ValueError(f"{len(self.unreadable)} of {len(records)} videos have no stored features, and max_failures = {max_failures} allows {int(max_failures*len(records))}: {'; '.join(f'{i}: {w}' for i, w in list(self.unreadable.items())[:3])}")
+        if (many := len(self.unreadable) > max_failures*len(records)) or not self.records:
+            raise ValueError(f"{len(self.unreadable)} of {len(records)} videos have no stored features, and {f'max_failures = {max_failures} allows {int(max_failures*len(records))}' if many else 'none is left'}: {'; '.join(f'{i}: {w}' for i, w in list(self.unreadable.items())[:3])}")
         wrong = next((r for r in self.records for s in (local, global_) if s.index["labels"][s.number[r.id]] != r.label), None)
         if wrong: raise ValueError(f"{wrong.id}: the record says class {wrong.label}, a store another")
         self.local, self.global_, self.train, self.seed, self.epoch = local, global_, train, seed, 0
@@ -567,7 +567,8 @@ def run_schedule(
 ) -> SimpleNamespace: # model, control, rows, data, answers, first_map, result
     "Warm-up, map, distil, fuse, test; and a control that takes the same steps without teaching. All by the functions of chapter 13."
     parts = cut_parts(train, fractions, seed) | {"test": list(test)}
-    data = {name: FeatureDataset(part, local, global_, train=name == "fit", seed=seed, max_failures=max_failures) for name, part in parts.items()}
+    FeatureDataset([*train, *test], local, global_, max_failures=max_failures)      # the fraction is of all: a small part may lack one of few
+    data = {name: FeatureDataset(part, local, global_, train=name == "fit", seed=seed, max_failures=1.) for name, part in parts.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MBD(stream_on(local, hidden), stream_on(global_, hidden), local.classes, local.view, global_.view).to(device)

@@ -101,7 +101,7 @@ class _Found:
 
     def counts(self):
         "{part: {expected, found, unreadable}}, with what has failed so far."
-        failed = {id: why for data in getattr(self, "data", {}).values() for id, why in data.failures.items()}
+        failed = {id: why for data in getattr(self, "together", ()) for id, why in data.failures.items()}
         return experiment.count_parts(self.parts, self.lists, failed | getattr(self, "unreadable", {}))
 
     def progress(self, label, unit="steps"): return Progress(label, unit, mode=None if self.run.main else "none")
@@ -148,7 +148,7 @@ class _Read(_Planned):
     @_step(after="build")
     def read(self):
         "Decode the videos into memory, or find their index; then the data sets of all parts."
-        p, self.frames, self.index, self.unreadable = self.p, None, None, {}
+        p, self.frames, self.index, self.unreadable, self.together = self.p, None, None, {}, []
         if p.read == "memory":
             with self.run.stage("decode"):
                 self.frames, self.unreadable = clips.load_frames(self.records.values(), size=self._kept(), progress=self.progress("decoding", "videos"), max_failures=p.max_failures)
@@ -173,7 +173,7 @@ class _Read(_Planned):
         p, (n_clips, crops) = self.p, clips.protocol(protocol or self.p.protocol)
         flip = False if self.run.generated else self.lists["train"].directional
         return clips.ClipDataset(records, self.frames, self.model.local_view, self.model.global_view, train=train, flip=flip, clips=n_clips, crops=crops, seed=p.seed,
-                                 augment=clips.AUGMENTATIONS[p.augmentation], index=self.index, max_failures=p.max_failures)
+                                 augment=clips.AUGMENTATIONS[p.augmentation], index=self.index, max_failures=p.max_failures, together=self.together)
 
 # %% ../nbs/16_schedule.ipynb #ea251b59
 @contextmanager

@@ -634,6 +634,16 @@ def test_too_many_failures_end_it_with_the_count_the_paths_and_the_remedy(some, 
     with pytest.raises(ValueError, match="max_failures is a fraction"): ClipDataset(some, None, *VIEWS, max_failures=5)
 
 
+def test_parts_that_count_together_share_one_limit(some):
+    one = lambda together: [ClipDataset(part, None, *VIEWS, max_failures=.1, together=together) for part in (some[:3] + some[:1], some[3:5], some[5:])]
+    with pytest.raises(RuntimeError, match="1 of 2 videos could not be read, and max_failures = 0.1 allows 0"): list(batches(one(None)[1], 2))
+    parts = one([])
+    assert [sum(len(b["label"]) for b in batches(part, 2)) for part in parts] == [4, 1, 5] and [set(part.failures) for part in parts] == [set(), {"v3"}, set()]
+    some[7].path.write_bytes(b"no video")
+    with pytest.raises(RuntimeError, match=r"2 of 10 videos could not be read, and max_failures = 0.1 allows 1: .*v3.mp4: .*v7.mp4: "): list(batches(parts[2], 2))
+    with pytest.raises(RuntimeError, match="2 of 10"): next(iter(batches(parts[0], 2)))
+
+
 def test_batches_are_never_empty_and_never_too_small_to_normalise(some):
     some[4].path.write_bytes(b"")
     data = ClipDataset(some, None, *VIEWS, max_failures=.5)

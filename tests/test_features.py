@@ -607,6 +607,17 @@ def test_a_part_of_stored_real_lists_is_what_was_asked_for(tmp_path):
     assert sum(record[n]["expected"] for n in ("fit", "map", "gate")) == 48 and record["test"] == {"expected": 16, "found": 16, "unreadable": 0}
 
 
+def test_what_stores_lack_counts_over_all_parts_of_a_schedule(pair, tmp_path):
+    train, test = generated_split(pair[0].records)
+    local = FeatureStore(pair[0].folder)
+    gone = datasets.cut_parts(train, {"map": .2, "gate": .15}, 0)["gate"][:2]
+    for r in gone: local._part[local.number[r.id]] = -1
+    limit = 1.5*len(gone)/(len(train) + len(test))                         # of the gate alone it would be none
+    result = run_schedule(local, pair[1], train, test, **SHORT, control=False, fusions=[], max_failures=limit)
+    assert set(result.data["gate"].unreadable) == {r.id for r in gone} and not result.data["fit"].unreadable
+    with pytest.raises(ValueError, match=f"2 of {len(train) + len(test)} videos have no stored features, and max_failures = "): run_schedule(local, pair[1], train, test, **SHORT, max_failures=limit/2)
+
+
 def test_run_features_goes_on_with_the_stores_it_was_killed_in(tmp_path, monkeypatch):
     notebook = ROOT/"nbs"/"run_features.ipynb"
     if not notebook.is_file(): pytest.skip("an installed package has no notebooks")

@@ -166,6 +166,18 @@ def test_synced_statistics_without_several_gpus_are_refused_before_a_folder_is_m
     assert go(settings, batch_norm="synced").run.folder == first.run.folder      # what several GPUs have trained may be looked at
 
 
+def test_one_broken_video_in_a_small_part_is_one_of_all_videos_of_the_run(settings, tmp_path):
+    folder = miniactions.generate(tmp_path/"set", classes=miniactions.CLASSES[:4], train_groups=8, test_groups=3, clips=1)
+    s = Schedule(experiment.start("ucf101", ASKED | dict(data="real", train_videos=0, test_videos=0, max_failures=.03), replace(settings, data={"ucf101": folder})))
+    s.find().build().read()
+    assert len(s.records) == 44 and len(s.parts["gate"]) < 10 and s.p.read == "files"
+    s.parts["gate"][0].path.write_bytes(b"no video at all")
+    list(clips.batches(s.data["gate"], 4))
+    assert {name: c["unreadable"] for name, c in s.counts().items()} == {"fit": 0, "map": 0, "gate": 1, "test": 0}
+    s.parts["test"][0].path.write_bytes(b"no video at all")
+    with pytest.raises(RuntimeError, match="2 of 44 videos could not be read, and max_failures = 0.03 allows 1"): list(clips.batches(s._data(s.parts["test"]), 4))
+
+
 def test_the_recipe_of_a_run_is_that_of_its_stages(settings):
     p = experiment.start("ucf101", ASKED | dict(optimiser="sgd", mixup=.2, average=.9, accumulate=2, rate_warm_up=.3), settings).parameters
     made = experiment.recipe(p, epochs=3, learning_rate=.1, seed=4)
