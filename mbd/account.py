@@ -75,10 +75,11 @@ def examples(s, title, most=10, columns=8):
     chosen = chosen[::max(1, len(chosen)//most)][:most]
     figure, axes = plt.subplots(len(chosen), columns, figsize=(7, .88*len(chosen) + .2), layout="constrained", squeeze=False)
     figure.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
+    names = plots._names([s.classes[r.label] for r in chosen], 24, 2)
     for row, record in zip(axes, chosen):
         shown = look(s, record)
         for ax, i in zip(row, np.linspace(0, len(shown) - 1, columns).round().astype(int)): ax.imshow(shown[i]); ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(plots._name(s.classes[record.label], 24, 2), rotation=0, ha="right", va="center", fontsize=8)
+        row[0].set_ylabel(names[s.classes[record.label]], rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(plots._name(title, 100), fontsize=8)
     s.run.save_figure("videos", figure)
     return figure

@@ -556,9 +556,9 @@ def summary(
     return lines
 
 # %% ../nbs/analyse.ipynb #386162e7
-def _plain(text, longest=28):
-    "A name as matplotlib may draw it."
-    return plots._name(text, longest)
+def _plain(texts, longest=28):
+    "Names as matplotlib may draw them, no two the same."
+    return list(plots._names(texts, longest).values())
 
 def _few(dominance):
     "At most forty classes, the most leaning ones: their places, by rising share."
@@ -568,19 +568,19 @@ def _few(dominance):
 # %% ../nbs/analyse.ipynb #d9efe04a
 def _draw_calibration(found):
     figure, axes = plots._figure(1, 2, (7.2, 3.0), sharey=True)
-    for a, kept, name, colour in zip(axes[0], found.models, found.pair.names, (plots.LOCAL, plots.GLOBAL)):
+    for a, kept, name, colour in zip(axes[0], found.models, _plain(found.pair.names), (plots.LOCAL, plots.GLOBAL)):
         a.plot([0, 1], [0, 1], color="#BBBBBB", lw=1)
         for confidence, style, label in ((kept.raw_confidence, dict(mfc="none", ls=":"), "raw"), (kept.confidence, dict(ls="-"), "calibrated")):
             r = reliability(confidence, kept.right)
             full = r.videos >= 10
             a.plot(r.confidence[full], r.accuracy[full], marker="o", ms=4, lw=1, color=colour, label=f"{label}: error {100 * r.ece:.1f} %", **style)
-        a.set(xlabel="confidence (bins of ten videos and more)", title=_plain(name), xlim=(0, 1.02), ylim=(0, 1.02)); a.legend(loc="lower right")
+        a.set(xlabel="confidence (bins of ten videos and more)", title=name, xlim=(0, 1.02), ylim=(0, 1.02)); a.legend(loc="lower right")
     axes[0, 0].set_ylabel("accuracy (fraction)")
     return figure
 
 # %% ../nbs/analyse.ipynb #67e9c5b4
 def _draw_map(found):
-    d, rows, (a, b) = found.dominance, _few(found.dominance), map(_plain, found.pair.names)
+    d, rows, (a, b) = found.dominance, _few(found.dominance), _plain(found.pair.names)
     shown = SimpleNamespace(classes=[d.classes[i] for i in rows], group=[d.group[i] for i in rows], reference=d.reference,
                             **{n: getattr(d, n)[torch.from_numpy(rows)] for n in ("share", "low", "high")})
     figure = plots.dominance_map(shown)
@@ -594,17 +594,17 @@ def _draw_accuracy(found):
     top1 = found.result["top1"]
     named = {{"a": "local", "b": "global"}.get(m, m): t for m, t in top1.items()}
     figure = plots.accuracy_bars({m: t[0] for m, t in named.items()}, {m: t[1:] for m, t in named.items()})
-    figure.axes[0].set_yticklabels([_plain(_method(m, found.pair.names)) for m in top1])
+    figure.axes[0].set_yticklabels(_plain([_method(m, found.pair.names) for m in top1]))
     return figure
 
 def _draw_who(found):
-    d, rows, (a, b) = found.dominance, _few(found.dominance), map(_plain, found.pair.names)
+    d, rows, (a, b) = found.dominance, _few(found.dominance), _plain(found.pair.names)
     counts = np.array([found.result["who_by_class"][d.classes[i]] for i in rows], float)
     parts, left = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), np.zeros(len(rows))
     figure, axes = plots._figure(1, 1, (6.4, 1.2 + 0.22 * len(rows)))
     for i, (label, colour) in enumerate((("both", "#BFE3D5"), (f"only {a}", plots.LOCAL), (f"only {b}", plots.GLOBAL), ("neither", "#DDDDDD"))):
         axes[0, 0].barh(range(len(rows)), parts[:, i], left=left, color=colour, label=label, height=0.8); left += parts[:, i]
-    axes[0, 0].set_yticks(range(len(rows)), [_plain(d.classes[i], 40) for i in rows])
+    axes[0, 0].set_yticks(range(len(rows)), _plain([d.classes[i] for i in rows], 40))
     axes[0, 0].set(xlabel="% of the class's videos, by who is right (classes as in the map)", xlim=(0, 100), ylim=(-0.6, len(rows) - 0.4))
     axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     return figure

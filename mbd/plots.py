@@ -10,6 +10,7 @@ __all__ = ['LOCAL', 'GLOBAL', 'BALANCED', 'FUSED', 'GROUP_COLOURS', 'STYLE', 'CL
 
 # %% ../nbs/06_plots.ipynb #2566c6e6
 import functools
+import os
 import textwrap
 
 import matplotlib
@@ -35,18 +36,48 @@ def style():
     plt.rcParams.update(STYLE)
 
 # %% ../nbs/06_plots.ipynb #0f9a1c02
-def _name(text, width=40, lines=1):
-    "A text from outside as matplotlib may draw it: at most `lines` lines of `width` characters, words left out in the middle, and `$` begins no formula."
+def _cut(text, width, lines, shift=0):
+    "(text in at most `lines` lines of `width` characters, the places of the words left out). The gap is in the middle, or `shift` words behind it."
     words = str(text).split()
     for out in range(len(words)):
-        keep = len(words) - out
-        rows = textwrap.wrap(" ".join(words[:keep - keep // 2] + ["…"] * (out > 0) + words[len(words) - keep // 2:]), width)
+        head = min(max((len(words) - out + 1) // 2 + shift, 0), len(words) - out)
+        rows = textwrap.wrap(" ".join(words[:head] + ["…"] * (out > 0) + words[head + out:]), width)
         if len(rows) <= lines:
-            break
-    else:                                  # no words, or even the first alone is too long
-        text, room = " ".join(words), width * lines - 1
-        rows = textwrap.wrap(text[:room - room // 2] + "…" + text[-(room // 2):], width) if text else []
-    return "\n".join(rows).replace("$", r"\$")
+            return "\n".join(rows), range(head, head + out)
+    text, room = " ".join(words), width * lines - 1     # no words, or even the first alone is too long
+    rows = textwrap.wrap(text[:room - room // 2] + "…" + text[-(room // 2):], width) if text else []
+    return "\n".join(rows), range(len(words))
+
+
+def _name(text, width=40, lines=1):
+    "A text from outside as matplotlib may draw it: at most `lines` lines of `width` characters, words left out in the middle, and `$` begins no formula."
+    return _cut(text, width, lines)[0].replace("$", r"\$")
+
+# %% ../nbs/06_plots.ipynb #0f9a1c07
+def _apart(same, taken, width, lines):
+    "Short texts for some that were cut to the same: none the same as another, nor `taken`; None where no gap makes them so."
+    words = [[word.strip(",.;").casefold() for word in str(text).split()] for text in same]
+    first, most = len(os.path.commonprefix(words)), max(map(len, words))
+
+    def cut(shift):
+        new, gaps = zip(*(_cut(text, width, lines, shift) for text in same))
+        return len(set(new) - taken) < len(same), sum(first in gap for gap in gaps), abs(shift), new
+
+    alike, *_, new = min(map(cut, range(-most, most + 1)))
+    return None if alike else new
+
+
+def _names(texts, width=40, lines=1):
+    "{text: what `_name` makes of it}, of texts that stand beside each other: no two names are the same."
+    names, groups = {text: _cut(text, width, lines)[0] for text in texts}, {}
+    for text, name in names.items():
+        groups.setdefault(name, []).append(text)
+    order = list(names)
+    for name, same in groups.items():
+        if len(same) > 1:
+            numbered = [_cut(f"{order.index(text) + 1}:{text}", width, lines)[0] for text in same]
+            names.update(zip(same, _apart(same, {*names.values()} - {name}, width, lines) or numbered))
+    return {text: name.replace("$", r"\$") for text, name in names.items()}
 
 # %% ../nbs/06_plots.ipynb #97774fb9
 def _headed(figure, title, banner):
@@ -141,10 +172,11 @@ def frames_strip(
         raise ValueError(f"expected uint8 frames (T, H, W, 3), got {video.dtype} {video.shape}")
     shown = np.unique(np.linspace(0, len(video) - 1, min(count, len(video))).round().astype(int))
     figure, axes = _figure(1, len(shown), (1.05 * len(shown) + 0.2, 1.5), title, banner)
+    names = titles is not None and _names([titles[i] for i in shown], 16, 2)
     for a, i in zip(axes[0], shown):
         a.imshow(video[i])
         a.set(xticks=[], yticks=[])
-        a.set_title(_name(titles[i], 16, 2) if titles is not None else f"{i}", fontsize=8)
+        a.set_title(names[titles[i]] if titles is not None else f"{i}", fontsize=8)
     return figure
 
 # %% ../nbs/06_plots.ipynb #b8f931be
@@ -219,7 +251,8 @@ def dominance_map(
     a.hlines(rows, low[order], high[order], color="black", lw=1)
     a.axvline(float(measured.reference), color="black", lw=0.8, ls=":")
     size, longest = (8, 36) if len(order) <= 40 else (5, 56)     # points, letters: names take at most half of the narrow figure
-    a.set_yticks(rows, [_name(measured.classes[i], longest) for i in order], fontsize=size)
+    names = _names(measured.classes, longest)
+    a.set_yticks(rows, [names[measured.classes[i]] for i in order], fontsize=size)
     a.set(xlim=(0, 1), ylim=(-0.6, len(order) - 0.4), xlabel="share of the local stream (dotted: reference)")
     present = [g for g in GROUP_COLOURS if g in set(measured.group)]
     a.legend(handles=[matplotlib.patches.Patch(color=GROUP_COLOURS[g], alpha=0.85, label=g) for g in present], loc="lower right")
@@ -259,8 +292,9 @@ def share_against_range(
         mine = [i for i, g in enumerate(measured.group) if g == group]
         if mine:
             a.plot(required[mine], share[mine], marker, color=GROUP_COLOURS[group], label=group, zorder=2)
+    names = _names(measured.classes, 28)
     for i, y in _spread(required, share):
-        a.annotate(_name(measured.classes[i], 28), (required[i], share[i]), xytext=(required[i] + 0.04 * required.max(), y), fontsize=7, va="center", zorder=1.5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
+        a.annotate(names[measured.classes[i]], (required[i], share[i]), xytext=(required[i] + 0.04 * required.max(), y), fontsize=7, va="center", zorder=1.5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
                    arrowprops={"arrowstyle": "-", "color": "#CCCCCC", "lw": 0.5})
     a.axhline(float(measured.reference), color="black", lw=0.8, ls=":", zorder=1)
     if field is not None:
@@ -298,7 +332,8 @@ def confusion_matrix(
     fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     few = K <= numbers_up_to
     pairs = [] if few else top_confusions(matrix, classes)
-    names = [_name(c) for c in classes] if few else [_name(true, 36) + "\n  for " + _name(answer, 34) for true, answer, *_ in pairs]
+    short = _names(classes if few else [name for pair in pairs for name in pair[:2]], 40 if few else 34)
+    names = [short[c] for c in classes] if few else [f"{short[true]}\n  for {short[answer]}" for true, answer, *_ in pairs]
     longest = max((len(line) for name in names for line in name.split("\n")), default=0)
     more = max(0, longest - (13 if few else 26))     # letters: the figure grows for them, or they would take the room of cells and bars
     size = (1.9 + 0.36 * K + 0.065 * more, 1.6 + 0.3 * K + 0.045 * more) if few else (9.6 + 0.052 * more, 4.6)
@@ -340,7 +375,7 @@ def accuracy_bars(
         a.hlines(y, 100 * low, 100 * high, color=colour, lw=2)
         a.plot(100 * top1[method], y, "D" if method == "adaptive" else "o", color=colour, ms=5)
         a.text(1.01, y, f"{100 * top1[method]:.1f}", transform=a.get_yaxis_transform(), va="center", fontsize=8)
-    a.set_yticks(range(len(methods)), [_name(m.replace("_", " ")) for m in methods])
+    a.set_yticks(range(len(methods)), list(_names([m.replace("_", " ") for m in methods]).values()))
     a.set(xlabel="top-1 (% of videos)", ylim=(len(methods) - 0.5, -0.5))
     a.grid(axis="x", color="#EEEEEE")
     return figure
@@ -404,7 +439,9 @@ def prediction_strip(
     "Frames of a video, and below them what each stream and the fusion answer."
     fused = "fused" if weight is None else f"fused (weight of local: {float(weight):.2f})"
     answers = ((p_local, LOCAL, "local stream"), (p_global, GLOBAL, "global stream"), (p_fused, FUSED, fused))
-    names = {k: _name(classes[k], 24, 2) for p, *_ in answers for k in _first(p, top)}
+    shown = {k for p, *_ in answers for k in _first(p, top)}
+    short = _names([classes[k] for k in sorted(shown)], 24, 2)
+    names = {k: short[classes[k]] for k in shown}
     two_lines = any("\n" in name for name in names.values())
     long = two_lines or max(map(len, names.values()), default=0) > 13
     more = max(0, 0.3 * top - 0.75) if two_lines else 0      # inches that such names need below
@@ -501,8 +538,9 @@ def timeline(
     unit, name = (60, "minutes") if seconds[-1] > 300 else (1, "s")
     figure, axes = _figure(2, 1, (8, 4), title, banner, sharex=True, height_ratios=[1.5, 1])
     x, dots = seconds / unit, {"marker": "."} if len(seconds) <= 60 else {"lw": 0.8}
+    names = _names([classes[k] for k in shown], 28, 2)
     for k, colour, line in zip(shown, CLASS_COLOURS, CLASS_LINES):
-        axes[0, 0].plot(x, fused[:, k], color=colour, ls=line, label=_name(classes[k], 28, 2), **dots)
+        axes[0, 0].plot(x, fused[:, k], color=colour, ls=line, label=names[classes[k]], **dots)
     axes[0, 0].set(ylabel="probability", ylim=(0, 1.02))
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     a = axes[1, 0]

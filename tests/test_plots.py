@@ -320,3 +320,31 @@ def test_in_a_kernel_sliders_move_the_figure_for_a_reader_and_leave_no_widget_fo
     finally:
         reader.client.stop_channels()
         reader.manager.shutdown_kernel(now=True)
+
+
+# as some of Something-Something's: sentences that differ in the middle only, or in a word behind a comma
+ALIKE = [f"{verb} something up {how}" for verb in ("Tilting", "Lifting one side of") for how in ("completely without making it spill all over", "completely, then making it spill all over")]
+ALIKE += [f"{verb} the mirror {way} while following something" for verb in ("Moving", "Pretending to move") for way in ("clockwise", "sideways", "anticlockwise")]
+
+
+def test_names_that_stand_beside_each_other_differ():
+    assert len({plots._name(name, 24, 2) for name in ALIKE}) < len(ALIKE) > len({plots._name(name, 36) for name in ALIKE})
+    for width, lines in ((24, 2), (28, 2), (36, 1), (28, 1), (13, 1)):
+        names = plots._names(ALIKE, width, lines)
+        assert list(names) == ALIKE and len(set(names.values())) == len(ALIKE) and all(len(row) <= width for name in names.values() for row in name.split("\n"))
+        assert all(names[text] == plots._name(text, width, lines) for text in ALIKE if [plots._name(t, width, lines) for t in ALIKE].count(plots._name(text, width, lines)) == 1)
+    first, second = plots._names(ALIKE[:2], 24, 2).values()
+    assert "without" in first and "then" in second and all(way in name for way, name in zip(("clockwise", "sideways", "anticlockwise"), plots._names(ALIKE[4:7], 24, 2).values()))
+    assert len(set(plots._names(["x" * 40 + end + "x" * 40 for end in "abc"], 20).values())) == 3 and plots._names(["$x$", "$x$"]) == {"$x$": r"\$x\$"}
+
+
+def test_classes_that_are_shortened_alike_differ_in_every_figure():
+    K, video, share = len(ALIKE), np.zeros((2, 8, 8, 3), np.uint8), np.linspace(0.2, 0.8, len(ALIKE))
+    p, m = np.linspace(1, 0, K), SimpleNamespace(classes=ALIKE, share=share, low=share, high=share, reference=0.5, group=["local"] * K)
+    ticks = lambda axes: [t.get_text() for t in axes.get_yticklabels()]
+    shown = [ticks(plots.prediction_strip(video, ALIKE, p, p, p, top=K).axes[-1]), ticks(plots.dominance_map(m).axes[0]), [t.get_text() for t in plots.share_against_range(m, share).axes[0].texts],
+             ticks(plots.confusion_matrix(np.ones((K, K), int), ALIKE).axes[0]), [t.get_text() for t in plots.timeline(np.arange(2.0), ALIKE, np.stack([p, p]), p[:2]).axes[0].get_legend().get_texts()],
+             [a.get_title() for a in plots.frames_strip(np.zeros((4, 8, 8, 3), np.uint8), titles=ALIKE).axes]]
+    assert [len(names) for names in shown] == [K, K, K, K, 5, 4] and all(len(set(names)) == len(names) for names in shown)
+    pairs = ticks(plots.confusion_matrix(np.ones((K, K), int), ALIKE, numbers_up_to=2).axes[1])
+    assert len(set(pairs)) == len(pairs) == 12 and all(true != answer for true, answer in (name.split("\n  for ") for name in pairs))
