@@ -502,6 +502,19 @@ def _apart(root, output):
     if a.startswith(b) or b.startswith(a): raise ValueError(f"output {os.fspath(output)!r} and root {os.fspath(root)!r} lie in each other; choose a folder beside root")
 
 # %% ../nbs/03_scanning.ipynb #807d2d26
+_MADE_OF = ".sources.journal"
+
+def _made_of(output):
+    "{copy: [path, size, time of change] of the original it was made of}, as far as it was noted."
+    noted = {}
+    with contextlib.suppress(FileNotFoundError), open(output / _MADE_OF, encoding="ascii", errors="replace") as journal:
+        for line in journal:
+            with contextlib.suppress(ValueError, TypeError): noted.update([json.loads(line)])
+    return noted
+
+def _note_made(output, copy, original):
+    with open(output / _MADE_OF, "a", encoding="ascii") as journal: journal.write("\n" + json.dumps([copy, original]))      # whatever stood there before, torn or not, ends here
+
 def _sweep(targets):
     "Remove unfinished parts of these files."
     parts = {_part(Path(target)).name[:10] for target in targets}
@@ -535,7 +548,8 @@ def resize(
     copies = _targets(_videos(root))
     copies = {path: copy for path, copy in copies.items() if _in_shard(path, shard)}
     asked, there = ({path: _stamp(folder / name) for path, name in names} for folder, names in ((root, zip(copies, copies)), (output, copies.items())))
-    lacking = {path for path in copies if not there[path] or not asked[path] or there[path][1] < asked[path][1]}
+    made_of, now = _made_of(output), {path: [path, *(asked[path] or ())] for path in copies}
+    lacking = {path for path, copy in copies.items() if not there[path] or not asked[path] or (made_of[copy] != now[path] if copy in made_of else there[path][1] < asked[path][1])}
     reasons = {path: row["problem"] for path, stamp, row in _remembered(root) if path in lacking and stamp == asked[path] and row.get("problem") and not row["problem"].startswith("no answer")}      # a slow decoder has more time here
     todo = {path: (os.path.join(root, path), os.path.join(output, copies[path]), *numbers) for path in copies if path in lacking and path not in reasons}
     kept, targets = len(copies) - len(todo), [output / copies[path] for path in todo]
@@ -544,6 +558,7 @@ def resize(
     try:
         for done, (path, answer) in enumerate(_isolated(function, todo, workers, timeout), kept + 1):
             if "reason" in answer: reasons[path] = answer["reason"]
+            else: _note_made(output, copies[path], now[path])
             if progress: progress(done, len(copies))
     except OSError as error: raise OSError(error.errno, f"a copy in {output} cannot be written ({error.strerror}). Those made so far are whole: make room and run again") from error
     finally: _sweep(targets)

@@ -471,13 +471,28 @@ def test_copies_that_are_there_are_kept_and_originals_untouched(root, calls, tmp
     assert calls() == ["one.mp4"] and video.scan(tmp_path / "small/a/one.mp4").count == 20
 
 
+def test_a_replacement_with_an_older_date_is_copied_anew(tmp_path, calls, sample):
+    root, small, old = tmp_path / "set", tmp_path / "small", (10**18, 10**18)      # the year 2001
+    again = lambda: resize(root, small, short_side=32, shrink="scanning_tasks:shrink") and calls()
+    for name in ("a.mp4", "b.mp4"): put(root / name, sample[0])
+    assert again() == ["a.mp4", "b.mp4"] and again() == []
+    put(root / "a.mp4", sample[1]), os.utime(root / "a.mp4", ns=old)
+    assert again() == ["a.mp4"] and video.num_frames(small / "a.mp4") == 12 and again() == []
+    put(root / "a.mp4", sample[0]), os.utime(root / "a.mp4", ns=old)               # another one of the same date
+    assert again() == ["a.mp4"] and video.num_frames(small / "a.mp4") == 6
+    put(root / "b.mkv", sample[2]), os.utime(root / "b.mkv", ns=old), (root / "b.mp4").unlink()      # the copy of another file had its name
+    assert again() == ["b.mkv"] and video.num_frames(small / "b.mp4") == 20 and again() == []
+    (small / scanning._MADE_OF).write_text('["a.mp4", ["a.mp4", 1')                # torn: copies without a note count by their age
+    assert again() == [] and list(scanning._made_of(small)) == []
+
+
 def test_a_crash_leaves_nothing_under_a_final_name_and_no_parts(tmp_path, calls, sample):
     put(tmp_path / "set/crash.mp4", sample[0]), put(tmp_path / "set/good.mp4", sample[0])
     put(tmp_path / "small/.git/x")
     stale = put(tmp_path / "small" / scanning._part(Path("good.mp4")).name.replace(str(os.getpid()), "1"), b"half")
     report = resize(tmp_path / "set", tmp_path / "small", short_side=32, shrink="scanning_tasks:shrink")
     assert report.unreadable == {"crash.mp4": f"decoder crashed (signal {int(signal.SIGKILL)})"} and not stale.exists()
-    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == [".git", "good.mp4", "resize.json", "unreadable.csv"]
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == [".git", scanning._MADE_OF, "good.mp4", "resize.json", "unreadable.csv"]
     assert resize(tmp_path / "set", tmp_path / "small", short_side=32).readable == 2
 
 
