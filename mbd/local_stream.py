@@ -344,21 +344,26 @@ class _Layers(torch.fx.Tracer):
     def is_leaf_module(self, module, name): return hasattr(module, "kernel_size") or super().is_leaf_module(module, name)
 
 def _kernel(node, layers):
-    "(kernel, dilation, stride) of one step, each in time, rows and columns. Raises ValueError where it is not known how far it reaches."
+    "(kernel, dilation, stride, padding) of one step, each in time, rows and columns. Raises ValueError where it is not known how far it reaches."
     layer = layers.get(node.target) if node.op == "call_module" else None
-    if hasattr(layer, "kernel_size"): return [_triple(getattr(layer, what, 1)) for what in ("kernel_size", "dilation", "stride")]
-    if node.op in ("placeholder", "output") or isinstance(layer, _POINTWISE) or node.op == "call_function" and node.target in _JOINING: return [(1, 1, 1)]*3
+    if hasattr(layer, "kernel_size"):
+        found, padding = [_triple(getattr(layer, what, 1)) for what in ("kernel_size", "dilation", "stride")], getattr(layer, "padding", "same")
+        if isinstance(padding, str): padding = [d*(k - 1)/2 if padding == "same" else 0 for k, d, _ in zip(*found)]      # attention, too, looks around its token
+        return [*found, _triple(padding)]
+    if node.op in ("placeholder", "output") or isinstance(layer, _POINTWISE) or node.op == "call_function" and node.target in _JOINING:
+        before = [*((*node.args, ())[1] if node.target is F.pad else ())[::2], 0, 0, 0]      # columns first
+        return [(1, 1, 1)]*3 + [before[2::-1]]
     raise ValueError(f"cannot tell how far {layer or node.target} reaches")
 
 # %% ../nbs/07_local_stream.ipynb #6eda16c8
-def _widen(module, field, step):
-    "Field and step, in time, rows and columns, after a module that has them before."
+def _widen(module, field, step, centre=(0, 0, 0)):
+    "Field, step and middle of the first position, in time, rows and columns, after a module that has them before."
     known, layers = {}, dict(module.named_modules())
     for node in _Layers().trace(module).nodes:
-        paths = [known[n] for n in node.all_input_nodes] or [(field, step)]
-        f, s = ([max(values) for values in zip(*(path[i] for path in paths))] for i in (0, 1))
-        steps = list(zip(f, s, *_kernel(node, layers)))
-        known[node] = [a + d*(k - 1)*b for a, b, k, d, _ in steps], [b*stride for _, b, _, _, stride in steps]
+        paths = [known[n] for n in node.all_input_nodes] or [(field, step, centre)]
+        f, s, c = ([max(axis) for axis in zip(*of_paths)] for of_paths in zip(*paths))
+        steps = list(zip(f, s, c, *_kernel(node, layers)))
+        known[node] = [a + d*(k - 1)*b for a, b, _, k, d, *_ in steps], [b*stride for _, b, *_, stride, _ in steps], [m + (d*(k - 1)/2 - p)*b for _, b, m, k, d, _, p in steps]
     return known[node]
 
 # %% ../nbs/07_local_stream.ipynb #cf9b5fa8
@@ -370,6 +375,6 @@ def receptive_field(
     field, step = [1, 1, 1], [1, 1, 1]
     try:
         if not hasattr(stream, "stages"): raise ValueError("there is no attribute stages")
-        for stage in stream.stages: field, step = _widen(stage, field, step)
+        for stage in stream.stages: field, step, _ = _widen(stage, field, step)
     except (ValueError, torch.fx.proxy.TraceError) as error: raise ValueError(f"the field of {type(stream).__name__} cannot be computed ({error}); measure it with gradient_field") from error
     return (field[0] - 1)*view_stride + 1, max(field[1:])

@@ -18,7 +18,7 @@ import torch, torch.nn.functional as F
 from . import settings, training, video
 from .clips import _clip, _step, draw, frame_rate, sample
 from .global_stream import GlobalStream, attention_weights
-from .local_stream import build_stream, evaluating
+from .local_stream import _widen, build_stream, evaluating
 from .model import MBD
 from .scanning import _cut_off
 
@@ -298,8 +298,8 @@ class Evidence:
     target: str # the class
     times: np.ndarray # (N,) seconds of the frames shown
     frames: np.ndarray # uint8 (N, S, S, 3), the square that both streams saw
-    local: np.ndarray # (N, H', W') in 0..1, the strongest place being 1
-    global_: np.ndarray # (N, H'', W'') the same of the global stream
+    local: np.ndarray # (N, S, S) in 0..1, the strongest place of the map being 1
+    global_: np.ndarray # (N, S, S) the same of the global stream
     stages: tuple # names of the two maps
 
 def _at_times(evidence, index, wanted):
@@ -308,6 +308,24 @@ def _at_times(evidence, index, wanted):
     centre = np.interp((np.arange(cells) + .5)*len(index)/cells - .5, np.arange(len(index)), index)
     flat = evidence.reshape(cells, -1)
     return np.stack([np.interp(wanted, centre, column) for column in flat.T], 1).reshape(-1, *evidence.shape[1:])/max(evidence.max(), 1e-12)
+
+# %% ../nbs/15_prediction.ipynb #15b00011
+def _middles(stream, clip, stage):
+    "(middle of the first cell, step to the next) of a stage's map, in columns of the clip, the first of which is 0."
+    with torch.no_grad(): maps = stream(clip).stages
+    names, columns, cells, field = list(maps), clip.shape[-1], maps[stage].shape[-1], ([1]*3, [1]*3, [0]*3)
+    try:
+        modules = list(stream.stages)
+        for module in modules[:len(modules) - len(names) + names.index(stage) + 1]: field = _widen(module, *field)
+        if abs(columns/field[1][2] - cells) < 1: return field[2][2], field[1][2]
+    except (AttributeError, TypeError, ValueError, torch.fx.proxy.TraceError): pass      # tokens, or layers that cannot be followed
+    return (columns/cells - 1)/2, columns/cells
+
+def _on_pixels(maps, first, step, columns, side):
+    "Maps (N, h, w) of a square clip of so many columns, on a picture of (side, side) pixels: between the middles of the cells, and held beyond the outer ones."
+    at = ((np.arange(side) + .5)*columns/side - .5 - first)/step
+    rows, cols = ([np.interp(at, np.arange(n), row) for row in np.eye(n)] for n in maps.shape[1:])
+    return np.einsum("nhw,hi,wj->nij", maps, rows, cols)
 
 # %% ../nbs/15_prediction.ipynb #15a00051
 def explain(
@@ -333,7 +351,7 @@ def explain(
     top, left, height, width = where.box
     frames = window.read(wanted)[:, top:top + height, left:left + width]
     windows.close()
-    maps = [_at_times(r[0].float().cpu().numpy(), index, wanted) for (r, _), index in zip(found, times)]
+    maps = [_on_pixels(_at_times(r[0].float().cpu().numpy(), index, wanted), *_middles(stream, clip, name), clip.shape[-1], frames.shape[2]) for (r, name), index, stream, clip in zip(found, times, (model.local, model.global_), pair)]
     return Evidence(model.classes[k], (window.begin + wanted)/rate, frames, *maps, tuple(name for _, name in found))
 
 # %% ../nbs/15_prediction.ipynb #15a00057

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, torch, torch.nn as nn
 from mbd import local_stream
 from mbd.clips import GLOBAL_VIEW, LOCAL_VIEW, Cut, View, cut
-from mbd.local_stream import (BACKBONES, LocalStream, StreamOutput, TorchvisionCNN, Weights, build_stream, checkpointed, fetch_weights, find_backbone,
+from mbd.local_stream import (BACKBONES, LocalStream, StreamOutput, TorchvisionCNN, Weights, _widen, build_stream, checkpointed, fetch_weights, find_backbone,
                               gradient_field, long_cnn, read_weights, receptive_field, register, stream_view)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -396,3 +396,18 @@ def test_a_chapter_that_defines_its_class_anew_may_register_it_beside_the_module
         register("small", "local", LOCAL_VIEW)(first)
         register("small", "local", LOCAL_VIEW)(second)
         assert registry["small"].build is second
+
+
+@pytest.mark.parametrize("layer, centre", [(nn.Conv3d(1, 1, 3, 2, 1), 0), (nn.Conv3d(1, 1, 3, 2), 1), (nn.Conv3d(1, 1, 3, padding="same", dilation=2), 0), (nn.Conv3d(1, 1, 5, padding="valid"), 2), (nn.MaxPool3d(2), .5),
+                                           (nn.Conv3d(1, 1, 7, 2, 3), 0), (nn.MaxPool3d(3, 2, 1), 0), (nn.Conv3d(1, 1, 4, 4), 1.5)])
+def test_where_the_first_position_looks(layer, centre):
+    assert _widen(nn.Sequential(layer), [1]*3, [1]*3)[2] == [centre]*3
+    assert _widen(nn.Sequential(nn.MaxPool3d(2), layer), [1]*3, [1]*3)[2] == [.5 + 2*centre]*3
+
+
+def test_positions_of_the_kits_cnns_stand_on_their_steps():
+    for stream in (LocalStream(2), long_cnn(2), build_stream("window_transformer", 2)):
+        field = [1]*3, [1]*3, [0]*3
+        for stage in stream.stages:
+            field = _widen(stage, *field)
+            assert field[2] == [0]*3

@@ -8,7 +8,7 @@ from mbd.clips import View
 from mbd.dominance import DominanceMap
 from mbd.fusion import AdaptiveFusion, FeatureFusion
 from mbd.global_stream import GlobalStream
-from mbd.local_stream import BACKBONES, LocalStream, StreamOutput, build_stream
+from mbd.local_stream import BACKBONES, LocalStream, StreamOutput, build_stream, gradient_field
 from mbd.model import MBD
 from mbd.prediction import Share, attention_rollout, expected_share, explain, find_model, gradient_activation, predict, window_length
 from mbd.video import VideoError, sliding_windows, write_video
@@ -412,10 +412,31 @@ def test_evidence_on_the_frames(folder):
     side = seen.frames.shape[1]
     assert seen.target == "b" and np.array_equal(seen.frames, frames[:, (32 - side) // 2:(32 + side) // 2, (40 - side) // 2:(40 + side) // 2]) and side == 28
     np.testing.assert_allclose(seen.times, np.array([33, 35, 38, 41, 43]) / 25)
-    assert seen.local.shape[0] == seen.global_.shape[0] == 5 and 0 <= seen.local.min() <= seen.local.max() <= 1 and seen.stages == ("stage1", "block1")
+    assert seen.local.shape == seen.global_.shape == (5, 28, 28) and 0 <= seen.local.min() <= seen.local.max() <= 1 and seen.stages == ("stage1", "block1")
     found = predict(path, model)
     assert explain(path, model, found.begin[2]).target == CLASSES[found.windows["fused"][2].argmax()]
     with pytest.raises(ValueError, match="no class 'd'"): explain(path, model, target="d")
+
+
+@pytest.mark.parametrize("name, stage, cell", [("hand_cnn", "stage3", 3), ("hand_cnn", "stage1", 9), ("long_cnn", "stage3", 3), ("window_transformer", "block2", 3), pytest.param("r2plus1d_18", "layer2", 7, marks=pytest.mark.slow)])
+def test_a_map_lies_where_its_cells_look(name, stage, cell):
+    torch.manual_seed(0)
+    stream, clip = build_stream(name, 3).eval(), torch.randn(1, 3, 8, 56, 56)
+    first, step = prediction._middles(stream, clip, stage)
+    seen = gradient_field(stream, clip[0], stage, (4, cell, cell)).sum((0, 1)).nonzero()
+    assert first == 0 and first + cell*step == (seen.min() + seen.max())/2 != (cell + .5)*step - .5      # equal parts would be off
+    spot = np.zeros((2, 56//step, 56//step)); spot[:, cell, 1] = 1
+    for side in (56, 112):
+        drawn = prediction._on_pixels(spot, first, step, 56, side)
+        assert drawn.shape == (2, side, side) and drawn.max() > .7
+        np.testing.assert_allclose(((drawn[0]*np.arange(side)).sum()/drawn[0].sum() + .5)*56/side - .5, step, atol=.01)
+        np.testing.assert_allclose(((drawn[0].T*np.arange(side)).sum()/drawn[0].sum() + .5)*56/side - .5, cell*step, atol=.01)
+
+
+def test_tokens_share_a_frame_in_equal_parts():
+    assert prediction._middles(build_stream("hand_transformer", 3).eval(), torch.randn(1, 3, 8, 28, 28), "block2") == (pytest.approx(25/6), pytest.approx(28/3))
+    whole = prediction._on_pixels(np.arange(4.).reshape(1, 1, 4), 1.5, 4, 16, 16)[0]
+    assert (whole == whole[0]).all() and whole[0, [0, 1, -2, -1]].tolist() == [0, 0, 3, 3] and np.allclose(whole[0, ::-1], 3 - whole[0])
 
 
 def test_attention_rollout_is_a_distribution_and_only_for_plain_transformers():
