@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 from . import evaluation, experiment
+from .settings import nearest
 
 # %% ../nbs/16_study.ipynb #aab972a6
 def _cell(value):
@@ -214,19 +215,24 @@ def read_claims(
     return claims
 
 # %% ../nbs/16_study.ipynb #f3306149
-def _check_names(claim, rows):
-    "Raise ValueError where a claim names a column that its table lacks: it would wait for its seeds for ever. (An arm that is in no row may not have been run yet.)"
+def _check_names(claim, rows, known):
+    "Raise ValueError where a claim names a column that its table lacks, or an arm that neither its table nor its study has: it would wait for its seeds for ever."
     if not isinstance(claim.controls, (list, int, float)) or isinstance(claim.controls, bool): raise ValueError(f"claim {claim.id!r}: controls is {claim.controls!r}; it must be a list of names, or a number")
     for column in (claim.by, *claim.where) if rows else ():
         if column not in rows[0]: raise ValueError(f"claim {claim.id!r}: {claim.study} has no column {column!r}; columns are {', '.join(rows[0])}")
+    named = [(claim.by, name) for name in (claim.arm, *(claim.controls if isinstance(claim.controls, list) else ()))]
+    for column, name in named + [item for item in claim.where.items() if item[0] in known]:
+        there = list(dict.fromkeys([*known.get(column, ()), *(r[column] for r in rows)]))
+        if there and name not in there: raise ValueError(f"claim {claim.id!r}: {claim.study} has no {column} {name!r}; {nearest(name, list(map(str, there)))}")
 
 def verdicts(
     claims, # of read_claims
     reports, # folder of the studies
+    known=None, # {study: {column: names}}, where some may have no row yet; None: the tables tell
 ) -> list: # of (Claim, Contrast or None, p after Holm or None, "holds", "does not hold" or "untested")
-    "What became of each claim."
+    "What became of each claim. Raises ValueError for a column, an arm or a control that is not there."
     tables = {study: Table(Path(reports) / study).rows() for study in {c.study for c in claims}}
-    for claim in claims: _check_names(claim, tables[claim.study])
+    for claim in claims: _check_names(claim, tables[claim.study], (known or {}).get(claim.study, {}))
     found = [contrast(tables[c.study], c.metric, c.arm, c.controls, c.where, c.by) if tables[c.study] else None for c in claims]
     tested = [k for k, (claim, c) in enumerate(zip(claims, found)) if c and c.n >= claim.seeds]
     corrected = dict(zip(tested, evaluation.holm([found[k].p for k in tested])))
@@ -253,10 +259,11 @@ def _claim_line(claim, c, p, word, cells):
 def claims_table(
     claims, reports, # as for `verdicts`
     place="", # what leads from the page that shows the table to the reports, as ../reports/
+    known=None, # as for `verdicts`
 ) -> str: # Markdown
     "The claims with their verdicts, each with a link to its cells."
     lines = ["| | claim | contrast | seeds | difference, in hundredths | p, Holm | verdict |", "|" + "---|"*7]
-    for claim, c, p, word in verdicts(claims, reports):
+    for claim, c, p, word in verdicts(claims, reports, known):
         cells = f"[{claim.study}]({place}{claim.study}/cells.csv)" if (Path(reports) / claim.study / "cells.csv").is_file() else claim.study
         lines.append(_claim_line(claim, c, p, word, cells))
     return "\n".join(lines)

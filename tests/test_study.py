@@ -85,6 +85,16 @@ def test_a_claim_that_could_never_be_tested_is_refused(tmp_path, change, words):
     with pytest.raises(ValueError, match=f"claim 'c': .*{words}"): verdicts([claim], tmp_path)
 
 
+@pytest.mark.parametrize("change", [dict(arm="bb"), dict(controls=["a", "bb"])])
+def test_a_misspelt_arm_is_refused_and_one_to_come_is_untested(tmp_path, change):
+    claim, known = replace(CLAIM, **change), {"s": {"arm": ("a", "b", "bb", "c"), "setting": ("x",)}}
+    assert verdicts([claim], tmp_path)[0][3] == "untested"                # nothing is known of the study yet
+    filled(tmp_path, rows())
+    with pytest.raises(ValueError, match="claim 'x': s has no arm 'bb'; .*valid: a, b, c$"): verdicts([claim], tmp_path)
+    assert "**untested**" in claims_table([claim], tmp_path, known=known)
+    with pytest.raises(ValueError, match="claim 'x': s has no arm 'bbb'; .*valid: a, b, bb, c$"): verdicts([replace(CLAIM, arm="bbb")], tmp_path, known)
+
+
 def test_better_than_the_best_means_better_than_each():
     r = rows() + [dict(arm="d", seed=s, labelled=20, top1=.9) for s in range(12)]
     c = contrast(r, "top1", "b", ["a", "d"])
