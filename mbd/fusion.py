@@ -163,16 +163,16 @@ class AdaptiveFusion(MeanFusion):
         super().__init__()
         if logit_share.ndim != 1 or not torch.isfinite(logit_share).all(): raise ValueError(f"logit_share must be a finite vector (K,), not of shape {tuple(logit_share.shape)}")
         self.register_buffer("logit_share", logit_share.detach().clone().float())
-        self.config, self.apart = {"num_classes": len(logit_share)}, apart
+        self.config, self.apart = {"num_classes": len(logit_share)} | ({"apart": True} if apart else {}), apart
         self.register_buffer("slope", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
     @classmethod
     def from_config(cls, config):
         "A fusion of this kind, not fitted: an empty map"
-        if config.keys() != {"num_classes"}: raise TypeError(f"it has {', '.join(config) or 'nothing'} where num_classes is needed")
+        if config.keys() - {"apart"} != {"num_classes"}: raise TypeError(f"it has {', '.join(config) or 'nothing'} where num_classes is needed, and apart may be")
         _count(num_classes=(config["num_classes"], 1))
-        return cls(torch.zeros(config["num_classes"]))
+        return cls(torch.zeros(config["num_classes"]), config.get("apart", False))
 
     def evidence(self, p_local: torch.Tensor, p_global: torch.Tensor) -> torch.Tensor: # (N,)
         "Expected log-odds of the share under the mean prediction"

@@ -239,6 +239,16 @@ def test_state_is_tensors_and_config_is_json(kind, tmp_path):
     assert torch.allclose(inside(p, q), twice(p, q), atol=1e-5)
 
 
+def test_a_fusion_that_comes_back_is_fitted_apart_where_it_was():
+    p, q, y = table(60, 4); sources = [str(i // 3) for i in range(60)]
+    for apart in (False, True):
+        fusion = AdaptiveFusion(torch.linspace(-1, 1, 4), apart).fit(p, q, y, sources=sources)
+        again = build_fusion("AdaptiveFusion", json.loads(json.dumps(fusion.config))); again.load_state_dict(fusion.state_dict())
+        assert again.apart is apart and again.config == fusion.config and torch.equal(again(p, q), fusion(p, q))
+        assert torch.equal(again.fit(p, q, y, sources=sources)(p, q), fusion(p, q))
+    assert AdaptiveFusion(torch.zeros(4)).config == {"num_classes": 4}                       # as in files that know no `apart`
+
+
 @pytest.mark.parametrize("kind", ["ClassFusion", "EntropyFusion", "StackingFusion", "GateFusion"])
 def test_rivals_name_what_is_wrong(kind):
     p, q, y = table(12, 3)
