@@ -65,6 +65,8 @@ def fit_temperature(
     "Temperature that minimises the NLL of softmax(logits / T), with half a video of random label added (Guo et al. 2017; Platt 1999). ValueError on NaN"
     if not 0 < bounds[0] < bounds[1]: raise ValueError(f"bounds must be two temperatures above 0, the smaller first, not {bounds!r}")
     z, y = _checked(logits, labels)
+    without = (z.amax(1, keepdim=True) - z > 40*bounds[1]).all(0).index_fill(0, y, False)      # classes that are masked: below exp(-40), lost in rounding, at any temperature, and nobody's label
+    if without.any(): z, y = z[:, ~without], (~without).cumsum(0)[y] - 1      # a random label is none of them
     if (z.amax(1) == z.amin(1)).all(): return 1.0                 # every answer uniform: any temperature is as good
     eps = 0.5 / (len(y) + 0.5)
     target = (1 - eps) * z.gather(1, y[:, None]).squeeze(1) + eps * z.mean(1)

@@ -45,6 +45,14 @@ def test_temperature_stays_bounded_when_all_videos_are_right_or_all_wrong(n):
     assert fit_temperature(torch.zeros(n, 4), y) == 1.0
 
 
+@pytest.mark.parametrize("mask", [-1000., -1e4, -65504., -1e9, torch.finfo(torch.float32).min, torch.finfo(torch.float64).min])
+def test_temperature_does_not_hear_a_class_that_is_masked_in_all_videos(sim, mask):
+    z, low = sim.local.double(), torch.full((len(sim.labels), 1), mask, dtype=torch.float64)
+    for at, labels in ((0, sim.labels + 1), (3, sim.labels + (sim.labels >= 3)), (8, sim.labels)):
+        assert fit_temperature(torch.cat([z[:, :at], low, z[:, at:]], 1), labels) == fit_temperature(z, sim.labels) < 3
+    assert fit_temperature(torch.cat([z, low], 1), torch.where(torch.arange(len(z)) == 5, 8, sim.labels)) > 3      # a video has it as its label: then it is an error, not a mask
+
+
 @pytest.mark.parametrize("logits, labels, message", [
     (torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), torch.tensor([0, 1]), "row 1"),
     (torch.zeros(2, 3), torch.tensor([0, 3]), "0..2"),
