@@ -274,7 +274,7 @@ class DominanceMap:
             rows = csv.writer(file)
             rows.writerow(_COLUMNS)
             for row in zip(self.classes, self.n.tolist(), self.share.tolist(), self.low.tolist(), self.high.tolist(), self.group, self.num_sources.tolist()):
-                rows.writerow([*row, self.reference, self.prior, self.confidence])
+                rows.writerow([*row, len(self.classes), self.reference, self.prior, self.confidence])
 
     @classmethod
     def from_csv(cls, path):
@@ -282,15 +282,17 @@ class DominanceMap:
         try:
             with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
         except (UnicodeDecodeError, csv.Error) as error: raise ValueError(f"{path}: not a dominance map, and no text ({error})") from error
-        lacking = [c for c in _COLUMNS if not rows or c not in rows[0]]
+        lacking = [c for c in _COLUMNS if not rows or c not in rows[0] and c != "classes"]      # the number of classes was not always written
         if lacking: raise ValueError(f"{path}: not a dominance map, column {lacking[0]!r} is missing or there are no rows")
         column = lambda name, kind: [kind(row[name]) for row in rows]
         try:
             whole = {name: set(column(name, float)) for name in ("reference", "prior", "confidence")}
+            counted = set(column("classes", int)) if "classes" in rows[0] else {len(rows)}
             found = cls(column("class", str), column("n", int), column("num_sources", int), *(column(c, float) for c in ("share", "low", "high")), column("group", str), *(min(values) for values in whole.values()))
         except (TypeError, ValueError) as error: raise ValueError(f"{path}: a line of the map is cut off or holds no number ({error}); take a whole copy") from error
         for name, values in whole.items():
             if len(values) > 1: raise ValueError(f"{path}: {name} holds for the whole map, and {len(values)} values of it are found; take a whole copy")
+        if counted != {len(rows)}: raise ValueError(f"{path}: {len(rows)} of {max(counted)} classes are there; take a whole copy")
         return found
 
     def table(self) -> str:
@@ -301,7 +303,7 @@ class DominanceMap:
             lines.append(f"{self.classes[c]:{width}s}  {self.n[c]:6d}  {self.num_sources[c]:7d}  {self.share[c]:5.3f}  {self.low[c]:.3f}-{self.high[c]:.3f}  {self.group[c]}")
         return "\n".join(lines + [f"reference (share over all classes): {self.reference:.3f}"])
 
-_COLUMNS = ("class", "n", "share", "low", "high", "group", "num_sources", "reference", "prior", "confidence")
+_COLUMNS = ("class", "n", "share", "low", "high", "group", "num_sources", "classes", "reference", "prior", "confidence")
 
 # %% ../nbs/09_dominance.ipynb #ba899fa3
 def measure(

@@ -301,6 +301,18 @@ def test_a_cut_table_and_wrong_bounds_are_named(tmp_path):
         with pytest.raises(ValueError, match="bounds must be two temperatures"): fit_temperature(torch.randn(10, 3), torch.arange(10) % 3, bounds)
 
 
+def test_a_map_cut_at_the_end_of_a_line_is_noticed_and_files_without_a_count_are_read(dominance, tmp_path):
+    file = tmp_path/"dominance.csv"; dominance.to_csv(file); whole = file.read_bytes()
+    for end in range(len(whole.splitlines(True)[0]) + 1, len(whole) - 2):              # the last is the end of a line, which may be lacking
+        file.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="dominance.csv: .*; take a whole copy"): DominanceMap.from_csv(file)
+    file.write_bytes(b"".join(whole.splitlines(True)[:-3]))
+    with pytest.raises(ValueError, match="dominance.csv: 5 of 8 classes are there; take a whole copy"): DominanceMap.from_csv(file)
+    rows = [{k: v for k, v in row.items() if k != "classes"} for row in csv.DictReader(whole.decode().splitlines())]
+    with open(file, "w", newline="", encoding="utf-8") as out: write = csv.DictWriter(out, rows[0]); write.writeheader(); write.writerows(rows)
+    assert DominanceMap.from_csv(file).to_dict() == dominance.to_dict()
+
+
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_videos_without_a_source_are_not_taken_for_one_scene(sim, missing):
     "Lumped together, they would leave every class balanced, and nobody would teach."
