@@ -81,7 +81,7 @@ def intervals(
     confidence=0.95,
     seed=0,
 ) -> tuple:
-    "Means and interval bounds (M,), (M,), (M,) of several quantities on the same resamples of sources."
+    "Means and interval bounds (M,), (M,), (M,) of several quantities on the same resamples of sources. Too narrow with few: of 95 % promised, ten sources keep 70 to 90, four 50 to 80."
     values = _array(values).astype(np.float64)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"values must be (N, M) with at least one video, got {values.shape}")
