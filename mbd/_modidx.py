@@ -813,6 +813,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mbd.miniactions._hmdb51_lists': ('miniactions.html#_hmdb51_lists', 'mbd/miniactions.py'),
                                  'mbd.miniactions._kinetics400_file': ('miniactions.html#_kinetics400_file', 'mbd/miniactions.py'),
                                  'mbd.miniactions._kinetics400_lists': ('miniactions.html#_kinetics400_lists', 'mbd/miniactions.py'),
+                                 'mbd.miniactions._known': ('miniactions.html#_known', 'mbd/miniactions.py'),
                                  'mbd.miniactions._made': ('miniactions.html#_made', 'mbd/miniactions.py'),
                                  'mbd.miniactions._number': ('miniactions.html#_number', 'mbd/miniactions.py'),
                                  'mbd.miniactions._phase': ('miniactions.html#_phase', 'mbd/miniactions.py'),

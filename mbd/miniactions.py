@@ -9,7 +9,7 @@ __all__ = ['PAIRS', 'CLASSES', 'KIND', 'TWIN', 'VERSION', 'QUICK_GAP', 'QUICK', 
 # %% ../nbs/04_miniactions.ipynb #55a0a887
 import base64, hashlib, json, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
 from .settings import KitError, nearest
@@ -28,6 +28,10 @@ PAIRS = {
 CLASSES = tuple(name for pair in PAIRS for name in pair)
 KIND = {name: kind for pair, kind in PAIRS.items() for name in pair}
 TWIN = {name: pair[1 - i] for pair in PAIRS for i, name in enumerate(pair)}
+
+def _known(what, name, names):
+    "Refuses a name that is none of `names`."
+    if name not in names: raise ValueError(f"{what} {name!r} is unknown; {nearest(name, list(names))}")
 
 # %% ../nbs/04_miniactions.ipynb #a473f014
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def required_range(
     name, # a class
     spec=Spec(), # its set; pixels are given at its size
 ):
-    "(frames, pixels) that a window must span before `name` differs from its twin inside it."
+    "(frames, pixels) that a window must span before `name` differs from its twin inside it. Raises ValueError for another class."
+    _known("class", name, CLASSES)
     pair = next(p for p in PAIRS if name in p)[0]
     frames, pixels = {"TwirlForward": (3, 18), "PushUpsSlow": (3, 14), "LeftThenRight": (QUICK_GAP + 2, 30), "SameHand": (spec.gap + 2, 30), "ComesBack": (spec.gap + 5, 48)}[pair]
     return frames, round(pixels * spec.size / 64)
@@ -182,7 +187,8 @@ def render(
     group, # group number, from 1
     clip, # clip number, from 1
 ):
-    "The frames of one video, uint8 (T, S, S, 3), before coding."
+    "The frames of one video, uint8 (T, S, S, 3), before coding. Raises ValueError for another class, or naming the knob if its pair cannot be made."
+    _known("class", name, CLASSES); check(replace(spec, classes=(name, TWIN[name])))
     key = [VERSION, spec.seed, CLASSES.index(name), group]
     scene, rng = np.random.default_rng(key), np.random.default_rng(key + [clip])
     t, hard = np.arange(spec.frames), spec.difficulty
@@ -229,6 +235,7 @@ def _windows(videos, spacing, samples, grid):
     n, t, h, w, c = cells.shape
     cells = cells[:, :, :h//grid*grid, :w//grid*grid].reshape(n, t, grid, h//grid, grid, w//grid, c).mean((3, 5), dtype=np.float32).reshape(n, t, -1) / 255
     samples = samples or t
+    if t < samples: raise ValueError(f"videos of {videos.shape[1]} frames hold no window of {samples} samples, {spacing} frames apart; give at least {(samples - 1)*spacing + 1} frames")
     windows = np.stack([cells[:, s:s + samples] for s in range(0, t - samples + 1, 2)], 1)
     return windows - np.median(windows, 2, keepdims=True)
 
@@ -252,9 +259,11 @@ def probe(
     groups, # (N,) group of each video: every second group tests
     view, # a key of VIEWS
 ) -> tuple: # (accuracy, low, high)
-    "How well a quadratic probe with this view tells the pair apart on groups it has not seen, with a 95 % interval clustered by group."
+    "How well a quadratic probe with this view tells the pair apart on groups it has not seen, with a 95 % interval clustered by group. Raises ValueError for another view, too short videos or too few groups."
+    _known("view", view, VIEWS)
     windows, y, groups = _windows(videos, *VIEWS[view]), np.where(labels, 1., -1.), np.asarray(groups)
     test = np.isin(groups, np.unique(groups)[1::2])
+    if len({*zip(test, y)}) < 4: raise ValueError(f"groups: {len(np.unique(groups))} cannot be cut into two halves that hold both classes; take two groups of each class or more")
     z = _project(windows, ~test)
     number = z.shape[1]
     scores = _ridge(z[~test].reshape(-1, z.shape[-1]), np.repeat(y[~test], number), z[test].reshape(-1, z.shape[-1])).reshape(-1, number)

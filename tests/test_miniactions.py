@@ -248,6 +248,23 @@ def test_frames_need_only_hold_what_the_chosen_classes_need():
     assert render(Spec(frames=32, size=16), "ComesBack", 1, 1).shape[0] == 32
 
 
+@pytest.mark.parametrize("ask, words", [
+    (lambda: render(Spec(), "samehand", 1, 1), "class 'samehand' is unknown; did you mean 'SameHand'"), (lambda: required_range("Jump"), "class 'Jump' is unknown"), (lambda: mini.sample(Spec(), ("SameHand", "OtherFoot"), 1, 1), "'OtherFoot' is unknown"),
+    (lambda: render(Spec(gap=30), "SameHand", 1, 1), "frames: 32 is too short for gap 30: the phases need 46"), (lambda: render(Spec(gap=14), "ComesBack", 1, 1), "the phases need 33"),
+])
+def test_a_class_or_a_gap_that_cannot_be_drawn_is_named(ask, words):
+    with pytest.raises(ValueError, match=words): ask()
+    assert len(render(Spec(gap=14, size=16), "SameHand", 1, 1)) == 32      # only what the pair needs is asked for
+
+
+def test_a_probe_says_what_it_cannot_look_at():
+    videos, labels, groups = mini.sample(Spec(size=16), ("SameHand", "OtherHand"), 2, 1)
+    assert 0 <= probe(videos, labels, groups, "full clip, coarse")[0] <= 1
+    with pytest.raises(ValueError, match="view 'single' is unknown; .*single window"): probe(videos, labels, groups, "single")
+    with pytest.raises(ValueError, match="videos of 8 frames hold no window of 7 samples, 2 frames apart; give at least 13"): probe(videos[:, :8], labels, groups, "single window")
+    with pytest.raises(ValueError, match="groups: 2 cannot be cut"): probe(videos[::2], labels[::2], groups[::2], "full clip, coarse")
+
+
 def test_sized():
     for train, test in [(80, 40), (2400, 1000), (1, 1)]:
         spec = sized(train, test)
