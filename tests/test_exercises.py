@@ -189,6 +189,7 @@ MISTAKES = [
     ("07", "1b", [(2, 3, 3, 3)], "odd"),
     ("07", "2", [[1, 1], -1.5], "wrong side"),
     ("07", "3", [lambda stream, clip: 16], "not"),
+    ("07", "4b", [0.65], "cross-entropy"),
     ("08", "1", [lambda n, d, e=2: (n * n * d, 4 * n * d * d, 2 * e * n * d * d)], "more matrices"),
     ("08", "2", [lambda stream: stream], "still knows the order"),
     ("08", "2b", [{"SameHand", "OtherHand"}], "shuffle"),

@@ -483,7 +483,10 @@ def _(FrameNet):
     return "its field in time is one frame"
 
 @of("07", "4b")
-def _(guess): return _guess(guess, 0.5, 0.03, "the best accuracy")
+def _(guess):
+    if 0.53 < _number(guess) < 0.8: raise Wrong("a threshold on the mean vote that is set by hand is right more often than not in some pairs. Does cross-entropy lead there, when the mean vote is on average the same for both twins?")
+    _guess(guess, 0.5, 0.03, "the accuracy")
+    return "five pairs told apart, and a coin tossed within each"
 
 
 # ---- 08: the global stream
