@@ -88,7 +88,7 @@ INTERVENTIONS = {
     "patch shuffle, 4 x 4": lambda video, seed=0: shuffle_patches(video, 4, seed),
     "low resolution, 1/4": lambda video, seed=0: low_resolution(video, 4),
     "low resolution, 1/8": lambda video, seed=0: low_resolution(video, 8),
-}   # name -> function of a video uint8 (T, H, W, C) of at least 16 frames and 8 pixels, and a seed
+}   # name -> function of a video uint8 (T, H, W, C) of more than 16 frames and at least 8 pixels, and a seed
 
 # %% ../nbs/09_interventions.ipynb #e12b3bf0
 ORDERS = ("original", "shuffled", "reversed")
