@@ -82,9 +82,9 @@ class Augmentation:
         for name, low, high in [("brightness", 0, 1), ("contrast", 0, 1), ("saturation", 0, 1), ("hue", 0, .5), ("randaugment", 0, 14), ("magnitude", 0, 30)]:
             if not low <= getattr(self, name) <= high: raise ValueError(f"augmentation: {name} must lie in {low}..{high}, not {getattr(self, name)!r}")
             if name in ("randaugment", "magnitude") and not isinstance(getattr(self, name), int): raise ValueError(f"augmentation: {name} must be a whole number, not {getattr(self, name)!r}")
-        low, high = self.scale if isinstance(self.scale, (tuple, list)) else (self.scale, self.scale)
-        if not 0 < low <= high <= 1: raise ValueError(f"augmentation: scale must lie above 0 and up to 1, a pair in order, not {self.scale!r}")
-        if not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f"augmentation: ratio must be two numbers above 0 in order, not {self.ratio!r}")
+        scale = self.scale if isinstance(self.scale, (tuple, list)) else (self.scale, self.scale)
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f"augmentation: scale must lie above 0 and up to 1, a pair in order, not {self.scale!r}")
+        if np.shape(self.ratio) != (2,) or not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f"augmentation: ratio must be two numbers above 0 in order, not {self.ratio!r}")
 
 # %% ../nbs/05_clips.ipynb #e7921ef9
 def _random_box(height, width, augment, generator):
@@ -135,8 +135,10 @@ def draw(
     crop=(0, 1), # (i, n): the i-th of n = 1 or 3 crops, for testing
     rate=None, # frames per second of the video, for views in seconds
 ):
-    "One `Cut` shared by all `views`. Raises ValueError where every view is shared, or one in seconds has no rate."
+    "One `Cut` shared by all `views`. Raises ValueError where every view is shared, one in seconds has no rate, or there is no such part or crop."
     frames, height, width = shape
+    for name, (i, n), fits in (("part", part, True), ("crop", crop, crop[1] in (1, 3))):
+        if not 0 <= i < n or not fits: raise ValueError(f"{name} = {(i, n)}: give (i, n), the i-th of n counted from 0" + ", n = 1 or 3"*(name == "crop"))
     if all(v.sampling == "shared" for v in views): raise ValueError("a shared view reads another one's stretch: one of the views must be 'dense' or 'segments'")
     span = max((int((v.frames - 1)*_step(v, rate) + .5) + 1 for v in views if v.sampling == "dense"), default=frames)
     room = max(frames - span, 0)
@@ -214,8 +216,9 @@ def cut(
     generator=None, # numpy Generator for the choices within the stretch; None: their middle
     rate=None, # frames per second of the video, for a view in seconds
 ):
-    "The stream's clip, float (C, T, H, W), normalised. Frames past the end repeat the last one (the rule of `video.dense_clip`). Raises ValueError for frames of another kind."
-    frames = video._video(frames, "cut", 3)
+    "The stream's clip, float (C, T, H, W), normalised. Frames past the end repeat the last one (the rule of `video.dense_clip`). Raises ValueError for frames of another kind, or a box outside them."
+    frames, (top, left, height, width) = video._video(frames, "cut", 3), where.box
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > frames.shape[1] or left + width > frames.shape[2]: raise ValueError(f"cut: the box (top, left, height, width) = {where.box} does not lie in frames of {frames.shape[1]} x {frames.shape[2]} pixels; draw it from the shape of these frames")
     return _clip(frames, sample(len(frames), view, where, generator, rate)[0], view, where)
 
 # %% ../nbs/05_clips.ipynb #01adbe12

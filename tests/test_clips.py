@@ -176,9 +176,17 @@ def test_an_item_says_where_each_stream_looked(pair, train):
 
 # ---- augmentations
 
-@pytest.mark.parametrize("change, words", [(dict(hue=.6), "hue must lie"), (dict(contrast=-1), "contrast must lie"), (dict(scale=0), "scale must lie"), (dict(scale=(.9, .5)), "scale must lie"), (dict(ratio=(0, 1)), "ratio must be"), (dict(magnitude=31), "magnitude must lie"), (dict(magnitude=9.5), "magnitude must be a whole number, not 9.5"), (dict(randaugment=1.5), "randaugment must be a whole number")])
+@pytest.mark.parametrize("change, words", [(dict(hue=.6), "hue must lie"), (dict(contrast=-1), "contrast must lie"), (dict(scale=0), "scale must lie"), (dict(scale=(.9, .5)), "scale must lie"), (dict(scale=(.5,)), "scale must lie"), (dict(ratio=(0, 1)), "ratio must be"), (dict(ratio=1.), "ratio must be two numbers.*not 1.0"), (dict(magnitude=31), "magnitude must lie"), (dict(magnitude=9.5), "magnitude must be a whole number, not 9.5"), (dict(randaugment=1.5), "randaugment must be a whole number")])
 def test_impossible_augmentations(change, words):
     with pytest.raises(ValueError, match=words): Augmentation(**change)
+
+
+def test_parts_and_crops_that_do_not_exist_and_boxes_outside_the_frames_are_refused():
+    for wrong, words in [(dict(part=(5, 3)), r"part = \(5, 3\)"), (dict(part=(0, 0)), "part = "), (dict(crop=(3, 3)), "crop = .*n = 1 or 3"), (dict(crop=(0, 2)), "crop = "), (dict(crop=(-1, 3)), "crop = ")]:
+        with pytest.raises(ValueError, match=words): draw((100, 64, 64), [LOCAL_VIEW], **wrong)
+    for box in [(0, 0, 128, 128), (70, 70, 10, 10), (-1, 0, 8, 8), (0, 0, 0, 8), (0, 60, 8, 8)]:
+        with pytest.raises(ValueError, match="does not lie in frames of 64 x 64 pixels"): cut(ruler(), LOCAL_VIEW, Cut(0, 30, box, False))
+    assert cut(ruler(), LOCAL_VIEW, Cut(0, 30, (0, 0, 64, 64), False)).shape == (3, 16, 56, 56)
 
 
 def test_random_crops_have_the_areas_and_shapes_asked_for():
