@@ -216,21 +216,21 @@ def read_claims(
 
 # %% ../nbs/16_study.ipynb #f3306149
 def _check_names(claim, rows, known):
-    "Raise ValueError where a claim names a column that its table lacks, or an arm that neither its table nor its study has: it would wait for its seeds for ever."
+    "Raise ValueError where a claim names a column that its table lacks, or an arm or setting that neither its table nor its study has: it would wait for its seeds for ever."
     if not isinstance(claim.controls, (list, int, float)) or isinstance(claim.controls, bool): raise ValueError(f"claim {claim.id!r}: controls is {claim.controls!r}; it must be a list of names, or a number")
     for column in (claim.by, *claim.where) if rows else ():
         if column not in rows[0]: raise ValueError(f"claim {claim.id!r}: {claim.study} has no column {column!r}; columns are {', '.join(rows[0])}")
     named = [(claim.by, name) for name in (claim.arm, *(claim.controls if isinstance(claim.controls, list) else ()))]
-    for column, name in named + [item for item in claim.where.items() if item[0] in known]:
-        there = list(dict.fromkeys([*known.get(column, ()), *(r[column] for r in rows)]))
-        if there and name not in there: raise ValueError(f"claim {claim.id!r}: {claim.study} has no {column} {name!r}; {nearest(name, list(map(str, there)))}")
+    for column, name in (item for item in named + [*claim.where.items()] if item[0] in known):      # of a study that nobody describes, any arm may be still to come
+        there = list(dict.fromkeys([*known[column], *(r[column] for r in rows)]))
+        if name not in there: raise ValueError(f"claim {claim.id!r}: {claim.study} has no {column} {name!r}; {nearest(name, list(map(str, there)))}")
 
 def verdicts(
     claims, # of read_claims
     reports, # folder of the studies
-    known=None, # {study: {column: names}}, where some may have no row yet; None: the tables tell
+    known=None, # {study: {column: names that it has}}, with a row or without one yet; of other studies, names are not checked
 ) -> list: # of (Claim, Contrast or None, p after Holm or None, "holds", "does not hold" or "untested")
-    "What became of each claim. Raises ValueError for a column, an arm or a control that is not there."
+    "What became of each claim. Raises ValueError for a column, and for an arm, a control or a setting of a known study, that is not there."
     tables = {study: Table(Path(reports) / study).rows() for study in {c.study for c in claims}}
     for claim in claims: _check_names(claim, tables[claim.study], (known or {}).get(claim.study, {}))
     found = [contrast(tables[c.study], c.metric, c.arm, c.controls, c.where, c.by) if tables[c.study] else None for c in claims]
