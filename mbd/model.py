@@ -33,7 +33,7 @@ class MBDOutput:
 
 # %% ../nbs/12_model.ipynb #3fe8d417
 class MBD(nn.Module, ModelHubMixin):
-    "Two streams, their dominance map and their fusion."
+    "Two streams, their dominance map and their fusion. Raises ValueError where streams and classes do not go together."
     def __init__(self,
         local, # a local stream: clip -> StreamOutput
         global_, # a global stream
@@ -43,6 +43,10 @@ class MBD(nn.Module, ModelHubMixin):
     ):
         super().__init__()
         self.local, self.global_, self.classes = local, global_, list(classes)
+        if len(set(self.classes)) < len(self.classes): raise ValueError(f"class {max(self.classes, key=self.classes.count)!r} is there twice")
+        for name, stream in (("local", local), ("global", global_)):
+            answers = stream.config.get("num_classes") if isinstance(getattr(stream, "config", None), dict) else None
+            if answers not in (None, len(self.classes)): raise ValueError(f"the {name} stream has {answers} answers, but there are {len(self.classes)} classes: build it for {len(self.classes)}, or name each of its answers")
         self.local_view, self.global_view, self.map, self.fusion = local_view, global_view, None, MeanFusion()
         self.about = {}                                                     # where it comes from, for its card
         self.register_buffer("temperature", torch.ones(2))                  # of the local and the global stream
@@ -76,8 +80,10 @@ def _made_by(name, config):
 def _describe(stream):
     "What a checkpoint says of a stream. Raises ValueError if nothing could rebuild it."
     name = vars(stream).get("backbone") or next((n for n, entry in BACKBONES.items() if entry.build is type(stream)), getattr(stream, "backbone", None))
-    if name not in BACKBONES or _made_by(name, stream.config) not in (None, type(stream)): raise ValueError(f"a {type(stream).__name__} is no registered backbone, so no checkpoint could bring it back: register it (mbd.local_stream.register)")
-    return dict(name=name, config=dict(stream.config), seen=sorted(getattr(stream, "seen", ())))
+    config = getattr(stream, "config", None)
+    if name in BACKBONES and not (isinstance(config, dict) and "num_classes" in config): raise ValueError(f"a {type(stream).__name__} does not say how it was built, so no checkpoint could bring it back: make it by build_stream({name!r}, num_classes, ...), or let it keep num_classes and its other options as a dict, `config`")
+    if name not in BACKBONES or _made_by(name, config) not in (None, type(stream)): raise ValueError(f"a {type(stream).__name__} is no registered backbone, so no checkpoint could bring it back: register it (mbd.local_stream.register)")
+    return dict(name=name, config=dict(config), seen=sorted(getattr(stream, "seen", ())))
 
 # %% ../nbs/12_model.ipynb #4c5f0002
 ABOUT = ("experiment", "preset", "data", "protocol", "top1", "top1_interval", "best_baseline", "adaptive_minus_best_baseline", "seed", "commit", "hardware")

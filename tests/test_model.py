@@ -91,6 +91,11 @@ def test_a_new_model_is_not_calibrated_and_takes_the_mean():
     assert torch.allclose(out.fused, (out.local.logits.softmax(1) + out.global_.logits.softmax(1)) / 2)
 
 
+@pytest.mark.parametrize("classes, problem", [("ab", "the local stream has 3 answers, but there are 2 classes"), ("abcd", "the local stream has 3 answers, but there are 4 classes"), ("aba", "class 'a' is there twice")])
+def test_classes_that_the_streams_do_not_answer_are_refused_when_the_model_is_made(classes, problem):
+    with pytest.raises(ValueError, match=problem): MBD(LocalStream(3, (4,), (3,)), GlobalStream(3, frames=4, width=12, depth=1, heads=3), classes, *VIEWS)
+
+
 # ---- save and load
 
 @pytest.mark.parametrize("fusion, mapped", [(None, True), (None, False), (ScalarFusion(), False), (ScalarFusion(), True), (MeanFusion(), True)])
@@ -256,6 +261,13 @@ def test_what_nothing_could_rebuild_is_refused_before_anything_is_written(folder
     for local, problem, kind in ((Mine(3), "a Mine is no registered backbone", ValueError), (nn.Identity(), "a Identity is no registered backbone", ValueError)):
         model = make(); model.local = local
         with pytest.raises(kind, match=problem): save(model, folder)
+    @register("plain", "local", VIEWS[0])
+    class Plain(nn.Module):
+        def __init__(self, num_classes): super().__init__(); self.head = nn.Linear(3, num_classes)
+    for config in (None, {"width": 4}):      # made by its class and not by build_stream; and with a config that lacks what `load` asks for
+        model = make(); model.local = Plain(3)
+        if config: model.local.config = config
+        with pytest.raises(ValueError, match=r"a Plain does not say how it was built.*build_stream\('plain', num_classes, \.\.\.\)"): save(model, folder)
     model = make(); model.local.config["odd"] = object()
     with pytest.raises(TypeError): save(model, folder)
     with pytest.raises(TypeError): save(model, tmp_path / "new")
