@@ -246,7 +246,7 @@ class _Tested(_Taught):
         "Answers to one view of each test video with its frames as they are, shuffled and reversed."
         found, data = {}, self._data(self.parts["test"], protocol="1x1")
         for order in ORDERS:
-            model = MBD(Reordered(self.model.local, order, self.p.seed), Reordered(self.model.global_, order, self.p.seed), self.classes)
+            model = MBD(Reordered(self.model.local, order, self.p.seed), Reordered(self.model.global_, order, self.p.seed), self.classes, self.model.local_view, self.model.global_view)
             found[order] = self._answers(model, data, f"test, frames {order}", f"test-{order}")
         return found
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
 from . import devices
 from .checkpoints import CheckpointError, digest
-from .clips import batches
+from .clips import View, batches
 from .datasets import has_seen
 from .distillation import _check_number, Distillation, Placement, Projections, Teacher, _pooled, compare_gradients, distillation_terms, exchange, presumed_groups, weighted_sum
 from .dominance import fit_temperature, measure
@@ -439,6 +439,23 @@ def _steps_an_epoch(data, settings, world):
     if len(data) < settings.batch_size and world*settings.accumulate > 1: raise ValueError(f"batch_size = {settings.batch_size}, but there are {len(data)} videos: lower it, or train in one process and one piece")
     return len(data)//settings.batch_size or 1
 
+# %% ../nbs/13_training.ipynb #5a0c2b02
+def _check_views(model, data):
+    "Raise ValueError where clips are cut otherwise than the model's streams look."
+    for name, key, own in (("local", "local", model.local_view), ("global", "global_", model.global_view)):
+        given = getattr(data, key, None)
+        odd = [n for n, v in asdict(own).items() if isinstance(given, View) and getattr(given, n) != v]
+        if odd: raise ValueError(f"the {name} clips are cut with {', '.join(f'{n} = {getattr(given, n)}' for n in odd)}, and the model's {name} view has {', '.join(f'{n} = {getattr(own, n)}' for n in odd)}: build the ClipDataset with model.local_view and model.global_view")
+
+def _check_given(model, data, settings, stage, distillation):
+    "Raise TypeError for arguments in each other's places, ValueError for data that are not for training this model."
+    for name, value, kind in (("settings", settings, Training), ("stage", stage, str), ("distillation", distillation, (Distillation, type(None)))):
+        if not isinstance(value, kind): raise TypeError(f"{name} is a {type(value).__name__}; the order is train(model, data, settings, stage, distillation), or give it by name")
+    if not getattr(data, "train", True): raise ValueError("training takes random cuts: build the ClipDataset with train=True")
+    labels = getattr(data, "labels", None)
+    if labels is not None and (most := int(labels.max())) >= len(model.classes): raise ValueError(f"label {most} is none of the model's {len(model.classes)} classes, which are counted from 0")
+    _check_views(model, data)
+
 # %% ../nbs/13_training.ipynb #26d882bb
 def train(
     model, # an MBD; trained in place
@@ -453,8 +470,9 @@ def train(
     checkpoints=None, # a Checkpoints: save there, and go on from what is there
     validate=None, # a ClipDataset with train=False: accuracy after each epoch
 ) -> list: # the rows that were logged
-    """One stage of training, in every process that was launched. Raises ValueError if there is no map to teach by, FloatingPointError where too many
+    """One stage of training, in every process that was launched. Raises ValueError if there is no map to teach by or the data are not for this model, FloatingPointError where too many
     steps in a row are not finite, CheckpointError where a checkpoint is of another stage, and Stopped after a signal to stop, when it has saved."""
+    _check_given(model, data, settings, stage, distillation)
     rank, world = devices.processes()
     each_epoch = _steps_an_epoch(data, settings, world); steps = settings.epochs*each_epoch
     if distillation is not None and distillation.arm == "none": distillation = None
@@ -566,7 +584,7 @@ def lessons(
 def _validate(trainer, data, workers):
     "Accuracy of the streams (of their averages, where there are any) and of the mean of their probabilities."
     streams = {name: trainer.averages[name].copy if name in trainer.averages else stream for name, stream in (("local", trainer.model.local), ("global", trainer.model.global_))}
-    answers = predict(MBD(*streams.values(), trainer.model.classes), data, 4*trainer.settings.batch_size, workers=workers)
+    answers = predict(MBD(*streams.values(), trainer.model.classes, trainer.model.local_view, trainer.model.global_view), data, 4*trainer.settings.batch_size, workers=workers)
     local, global_ = (average_views(z).exp() for z in (answers.local, answers.global_))
     return {name: float((p.argmax(1) == answers.labels).double().mean()) for name, p in (("local", local), ("global", global_), ("average", local + global_))}
 
@@ -626,8 +644,9 @@ def predict(
     stage="predict", # their name there
 ) -> Predictions:
     """Logits of both streams for every view of every video, each video exactly once: in several processes each reads its stretch of them, and all get the whole.
-    Videos that cannot be read are left out; they stand in `data.failures`."""
+    Videos that cannot be read are left out; they stand in `data.failures`. Raises ValueError for data that are not cut as the model's streams look."""
     if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
+    _check_views(model, data)
     (rank, world), first, device = devices.processes(), next(model.parameters()), next(model.parameters()).device
     begin, end = (len(data.records)*r // world for r in (rank, rank + 1))      # the videos that this process answers
     out, number, found, about = None, 0, None, checkpoints and _about(model, data, Training(), stage, None, None) | {"clips": data.clips, "crops": data.crops, "batch_size": batch_size, "processes": world}

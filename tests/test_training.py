@@ -151,6 +151,29 @@ def test_an_error_in_one_of_them_is_raised_and_the_threads_are_given_back():
     finally: torch.set_num_threads(whole)
 
 
+# ---- what is given
+
+@pytest.mark.parametrize("wrong, kind, problem", [
+    (dict(data=lambda: data(False)), ValueError, "build the ClipDataset with train=True"),
+    (dict(data=lambda: ClipDataset(*videos(), train=True)), ValueError, r"the local clips are cut with frames = 16, stride = 2, size = 56, and the model's local view has frames = 6, stride = 1, size = 16: build the ClipDataset with model\.local_view"),
+    (dict(data=lambda: ClipDataset(*videos(), VIEWS[0], replace(VIEWS[1], mean=.4), train=True)), ValueError, r"the global clips are cut with mean = 0\.4, and the model's global view has mean = 0\.45"),
+    (dict(data=lambda: ClipDataset([replace(r, label=r.label + 1) for r in videos()[0]], videos()[1], *VIEWS, train=True)), ValueError, "label 3 is none of the model's 3 classes"),
+    (dict(stage=TEACH), TypeError, "stage is a Distillation; the order is"),      # which would teach nothing
+    (dict(settings={"epochs": 1}), TypeError, "settings is a dict"), (dict(distillation="directed"), TypeError, "distillation is a str")])
+def test_a_stage_looks_at_what_it_is_given_before_it_begins(wrong, kind, problem):
+    model, given = make(), dict(data=data, settings=Training(epochs=1, batch_size=8), stage="warm-up", distillation=None) | wrong
+    before = weights(model)
+    with pytest.raises(kind, match=problem): train(model, given["data"](), *(given[name] for name in ("settings", "stage", "distillation")))
+    assert equal(before, weights(model)) and model.map is not None
+
+
+def test_answers_are_asked_for_in_the_views_of_the_model():
+    for ask in (predict, measure_map, fit_fusions):
+        with pytest.raises(ValueError, match="the global clips are cut with frames = 6, stride = 1, size = 16"): ask(make(), ClipDataset(*videos(), VIEWS[0], VIEWS[0]))
+    rows = train(make(), data(), Training(epochs=1, batch_size=8), validate=data(False))      # whose views are those of the model, and not of the hand-built streams
+    assert all(0 <= row["validation"] <= 1 for row in rows)
+
+
 # ---- teaching
 
 def test_directed_teaching_differs_from_none_and_arms_from_each_other():
