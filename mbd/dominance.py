@@ -183,6 +183,7 @@ def share_interval(
     seed: int = 0, # of the draws
 ) -> tuple: # low (K,), high (K,), number of sources of each class (K,)
     "Bootstrap interval of each class's share, resampling its sources (ours). 0 to 1 where nothing is known"
+    if not len(share) == len(weight) == len(labels) == len(sources): raise ValueError(f"{len(share)} shares, {len(weight)} weights, {len(labels)} labels and {len(sources)} sources: give one of each for a video")
     centre, mass, _ = class_share(share, weight, labels, num_classes, prior)
     free, _, _ = class_share(share, weight, labels, num_classes, prior=0)
     found = _scatter(share, weight, labels, sources, num_classes)

@@ -146,7 +146,7 @@ def _image_transformer(name, num_classes, **options):
     import timm
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models("*vit*"), n=3, cutoff=.3)
-        raise ValueError(f"vit = {name!r} is no model of timm {timm.__version__}" + (f"; did you mean {', '.join(near)}?" if near else "") + " timm.list_models('vit_*') lists them")
+        raise ValueError(f"vit = {name!r} is no model of timm {timm.__version__}" + (f"; did you mean {', '.join(near)}?" if near else ";") + " timm.list_models('vit_*') lists them")
     net = timm.create_model(name, num_classes=num_classes, **options)
     if type(net) is not timm.models.VisionTransformer or not all(hasattr(block, "attn") for block in net.blocks): raise ValueError(f"vit = {name!r} is a {type(net).__name__} of {type(net.blocks[0]).__name__ if hasattr(net, 'blocks') else 'other parts'}; divided attention is built for timm's plain VisionTransformer, e.g. 'vit_small_patch16_224'")
     return net

@@ -170,6 +170,8 @@ def frames_strip(
     video = np.asarray(video)
     if video.ndim != 4 or video.shape[-1] != 3 or not len(video) or video.dtype != np.uint8:
         raise ValueError(f"expected uint8 frames (T, H, W, 3), got {video.dtype} {video.shape}")
+    if titles is not None and len(titles) != len(video):
+        raise ValueError(f"{len(video)} frames need as many titles, got {len(titles)}")
     shown = np.unique(np.linspace(0, len(video) - 1, min(count, len(video))).round().astype(int))
     figure, axes = _figure(1, len(shown), (1.05 * len(shown) + 0.2, 1.5), title, banner)
     names = titles is not None and _names([titles[i] for i in shown], 16, 2)
@@ -438,6 +440,8 @@ def prediction_strip(
 ) -> Figure:
     "Frames of a video, and below them what each stream and the fusion answer."
     fused = "fused" if weight is None else f"fused (weight of local: {float(weight):.2f})"
+    if any(np.shape(p) != (len(classes),) for p in (p_local, p_global, p_fused)):
+        raise ValueError(f"{len(classes)} classes need as many probabilities, got {np.shape(p_local)}, {np.shape(p_global)} and {np.shape(p_fused)}")
     answers = ((p_local, LOCAL, "local stream"), (p_global, GLOBAL, "global stream"), (p_fused, FUSED, fused))
     shown = {k for p, *_ in answers for k in _first(p, top)}
     short = _names([classes[k] for k in sorted(shown)], 24, 2)

@@ -203,6 +203,10 @@ def test_intervals_hold_planted_shares_where_sources_are_few_and_of_unequal_size
     assert 0.9 < torch.stack(held).double().mean() < 0.99
 
 
+def test_shares_and_sources_of_different_number_are_told():
+    with pytest.raises(ValueError, match="8 shares, 8 weights, 8 labels and 4 sources: give one of each for a video"): share_interval(torch.rand(8), torch.ones(8), torch.arange(8) // 4, list("aabb"), 2)
+
+
 def test_the_far_end_of_an_interval_goes_where_the_class_s_own_videos_say_and_the_near_end_does_not():
     y, names = torch.arange(2).repeat_interleave(20), [str(i) for i in range(40)]
     s = torch.cat([torch.linspace(0.85, 0.95, 20), torch.linspace(0.05, 0.15, 20)])

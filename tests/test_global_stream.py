@@ -177,7 +177,7 @@ def test_own_weights_come_back_and_another_networks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: DividedStream(5, "vit_smal_patch16_224"), "vit = 'vit_smal_patch16_224' is no model of timm.*did you mean vit_small_patch16_224"),
+    (lambda: DividedStream(5, "foo"), "vit = 'foo' is no model of timm [0-9.]*; timm.list_models"), (lambda: DividedStream(5, "vit_smal_patch16_224"), "vit = 'vit_smal_patch16_224' is no model of timm.*did you mean vit_small_patch16_224"),
     (lambda: meta(lambda: DividedStream(5, "resnet18")), "vit = 'resnet18' is a ResNet.*plain VisionTransformer"), (lambda: meta(lambda: DividedStream(5, "deit_tiny_distilled_patch16_224", depth=1)), "is a VisionTransformerDistilled"),
     (lambda: DividedStream(5, "test_vit", frames=4, size=32, depth=1)(clip(frames=3)), r"expected a clip \(B, 3, 4, 32, 32\), got \(2, 3, 3, 32, 32\)"),
     (lambda: DividedStream(5, "test_vit", frames=4, size=32, depth=1)(clip(size=48)), r"got \(2, 3, 4, 48, 48\)"), (lambda: DividedStream(5, "test_vit", frames=4, size=32, depth=1)(clip()[0]), r"got \(3, 4, 32, 32\)"),

@@ -91,6 +91,14 @@ def test_a_strip_shows_evenly_spaced_frames_up_to_the_last():
     assert [a.get_title() for a in plots.frames_strip(np.zeros((2, 4, 4, 3), np.uint8), titles=["in", "out"]).axes] == ["in", "out"]
 
 
+def test_titles_and_probabilities_that_do_not_match_are_an_error():
+    video, p = np.zeros((3, 4, 4, 3), np.uint8), np.full(2, 0.5)
+    with pytest.raises(ValueError, match="3 frames need as many titles, got 1"):
+        plots.frames_strip(video, titles=["a"])
+    with pytest.raises(ValueError, match=r"3 classes need as many probabilities, got \(2,\)"):
+        plots.prediction_strip(video, ["a", "b", "c"], p, p, p)
+
+
 @pytest.mark.parametrize("bad", [np.zeros((4, 4, 3), np.uint8), np.zeros((2, 3, 4, 4), np.uint8), np.zeros((0, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3))])
 def test_a_strip_of_something_else_is_an_error(bad):
     with pytest.raises(ValueError, match="T, H, W, 3"):
