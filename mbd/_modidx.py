@@ -789,6 +789,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mbd.local_stream._same': ('local_stream.html#_same', 'mbd/local_stream.py'),
                                   'mbd.local_stream._widen': ('local_stream.html#_widen', 'mbd/local_stream.py'),
                                   'mbd.local_stream.build_stream': ('local_stream.html#build_stream', 'mbd/local_stream.py'),
+                                  'mbd.local_stream.check_output': ('local_stream.html#check_output', 'mbd/local_stream.py'),
                                   'mbd.local_stream.checkpointed': ('local_stream.html#checkpointed', 'mbd/local_stream.py'),
                                   'mbd.local_stream.evaluating': ('local_stream.html#evaluating', 'mbd/local_stream.py'),
                                   'mbd.local_stream.fetch_weights': ('local_stream.html#fetch_weights', 'mbd/local_stream.py'),

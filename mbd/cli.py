@@ -316,7 +316,7 @@ def _features_branch(commands):
     _share(stored, "--root", "--annotations")
     stored.add_argument("--output", type=_place, metavar="FOLDER", help="folder of all stores (default data/features beside settings.ini)")
     _share(stored, "--shard", "--device")
-    stored.add_argument("--batch", type=_positive, default=8, metavar="N", help="clips at once (default %(default)s)")
+    stored.add_argument("--batch", dest="batch_size", type=_positive, default=8, metavar="N", help="clips at once (default %(default)s)")
     stored.add_argument("--workers", type=_count, metavar="N", help="processes that read videos (settings.ini says, if not given)")
     stored.add_argument("--retry", action="store_true", help="read videos again that were unreadable before, or whose file has another size now")
     stored.add_argument("--max-failures", type=_fraction, default=0.01, metavar="F", help="fraction of the videos that may turn out unreadable, 0 to 1 (default %(default)s)")

@@ -97,6 +97,7 @@ def source_names(
     sources, # of N videos
 ) -> list: # N times text
     "Sources as text. ValueError where one is missing: all videos without would count as one source"
+    if sources is None: raise ValueError("sources are None: where scenes are not known, give each video its own, for instance its id")
     for i, source in enumerate(sources):
         if source is None or source != source: raise ValueError(f"video {i} of {len(sources)} has no source ({source!r}): where scenes are not known, give each video its own, for instance its id")
     return list(map(str, sources))
@@ -325,12 +326,12 @@ def measure(
     if local.shape != global_.shape: raise ValueError(f"the streams' logits differ in shape: {tuple(local.shape)} and {tuple(global_.shape)}")
     if len(classes) != local.shape[1]: raise ValueError(f"{len(classes)} class names for logits of {local.shape[1]} classes")
     if len(set(classes)) != len(classes): raise ValueError("class names repeat")
-    if len(sources) != len(y): raise ValueError(f"{len(sources)} sources for {len(y)} videos")
+    if len(sources := source_names(sources)) != len(y): raise ValueError(f"{len(sources)} sources for {len(y)} videos")
     if prior <= 0 or not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"prior must be > 0, confidence in 0..1 and resamples >= 1, not {prior}, {confidence}, {resamples}")
     log_local, log_global = (z.log_softmax(1).gather(1, y[:, None]).squeeze(1) for z in (local, global_))
     s, weight = share(log_local, log_global), torch.maximum(log_local, log_global).exp()
     centre, _, reference = class_share(s, weight, y, len(classes), prior)
-    low, high, count = share_interval(s, weight, y, source_names(sources), len(classes), prior, confidence, resamples, min_sources, seed)
+    low, high, count = share_interval(s, weight, y, sources, len(classes), prior, confidence, resamples, min_sources, seed)
     return DominanceMap(list(classes), torch.bincount(y, minlength=len(classes)), count, centre, low, high,
                         groups(low, high, reference), reference, float(prior), float(confidence))

@@ -333,7 +333,7 @@ def extract(
     seed=0, # of the augmented views
     shard=(0, 1), # (i, n): only every n-th video, beginning with number i
     device="cpu", # where the stream computes
-    batch=8, # clips the stream sees at once
+    batch_size=8, # clips the stream sees at once
     workers=0, # processes that read videos
     max_failures=0.01, # fraction of the videos of the store that may turn out unreadable
     retry=False, # read videos again that were unreadable before, or whose file has another size now
@@ -351,7 +351,7 @@ def extract(
         with evaluating(stream.to(device)):
             index = _describe(records, stream, dataset, classes, view, protocol, augmented, weights, flip, augment, seed, expected or len(records))
             _begin(place, index)
-            _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch, workers, max_failures, retry, unreadable or {}, progress)
+            _fill(place, index, records, stream, shard, view, flip, augment, seed, device, batch_size, workers, max_failures, retry, unreadable or {}, progress)
     finally: stream.to(home)
     return place
 
@@ -450,7 +450,7 @@ class FeatureStream(nn.Module):
         self.head = nn.Linear(wide, num_classes)
 
     def forward(self, x):
-        if x.ndim != 2 or x.shape[1] != self.norm.num_features: raise ValueError(f"expected packed features (B, {self.norm.num_features}), got {tuple(x.shape)}")
+        if x.ndim != 2 or x.shape[1] != self.norm.num_features: raise ValueError(f"expected packed features (B, {self.norm.num_features}), got {tuple(x.shape)}: this stream reads stored features (`mbd features`) and sees no videos")
         parts = unpack(self.norm(x), self.widths)
         embedding = parts.pop("embedding")
         adapted = [adapt(part) for adapt, part in zip(self.adapters, parts.values())]
@@ -791,7 +791,7 @@ def features_command(
     output=None, # folder of all stores; None: data/features beside settings.ini
     shard=(0, 1), # (i, n)
     device="auto",
-    batch=8, # clips the stream sees at once
+    batch_size=8, # clips the stream sees at once
     workers=None, # processes that read videos; None: as in settings.ini
     root=None, # folder of the data set; None: as in settings.ini
     annotations=None, # folder of its lists; None: as in settings.ini
@@ -814,5 +814,5 @@ def features_command(
         stream = build_stream(backbone, trained.classes if trained else len(lists[0].classes), weights, file)
     output = output or (conf.file.parent if conf.file else Path("."))/"data"/"features"
     place = extract(records, stream, output, dataset=name if subset == "all" else f"{name}-{subset}{split}", classes=lists[0].classes, weights=weights, protocol=protocol, augmented=augmented, flip=lists[0].directional,
-                    shard=shard, device=conf.device, batch=batch, workers=conf.workers, retry=retry, max_failures=max_failures, unreadable=broken, progress=progress)
+                    shard=shard, device=conf.device, batch_size=batch_size, workers=conf.workers, retry=retry, max_failures=max_failures, unreadable=broken, progress=progress)
     return FeatureStore(place, max_missing=1.0)

@@ -21,6 +21,8 @@ from .dominance import class_share, share, source_folds, source_names
 # %% ../nbs/11_fusion.ipynb #ef49a53d
 def _checked_pair(p_local, p_global, num_classes=None):
     "Refuses what is not two (N, K) tables of probabilities, of the classes a fusion was made for"
+    for name, p in (("p_local", p_local), ("p_global", p_global)):
+        if not isinstance(p, torch.Tensor): raise TypeError(f"{name} is a {type(p).__name__}; fusions take tensors: torch.as_tensor({name})")
     if p_local.ndim != 2 or p_local.shape != p_global.shape:
         raise ValueError(f"both streams' probabilities must share a shape (N, K), not {tuple(p_local.shape)} and {tuple(p_global.shape)}")
     for name, p in (("p_local", p_local), ("p_global", p_global)):
@@ -42,6 +44,7 @@ def fuse(
 # %% ../nbs/11_fusion.ipynb #67530b31
 def _checked_labels(labels, videos, num_classes):
     "Labels as int64 on the CPU; refuses an empty gate and what is not one class for each video"
+    labels = torch.as_tensor(labels)
     if videos == 0: raise ValueError("no videos to fit the fusion on: the gate part is empty")
     if labels.shape != (videos,) or labels.is_floating_point(): raise ValueError(f"labels must be integers of shape ({videos},), not {labels.dtype} {tuple(labels.shape)}")
     if labels.min() < 0 or labels.max() >= num_classes: raise ValueError(f"labels must lie in 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}")
@@ -161,6 +164,7 @@ class AdaptiveFusion(MeanFusion):
         apart: bool = False, # was the map measured on the very videos that will be fitted on? Then the fit takes shares of other folds of their sources
     ):
         super().__init__()
+        if not isinstance(logit_share, torch.Tensor): raise TypeError(f"logit_share is a {type(logit_share).__name__}; of a DominanceMap give map.logit_share")
         if logit_share.ndim != 1 or not torch.isfinite(logit_share).all(): raise ValueError(f"logit_share must be a finite vector (K,), not of shape {tuple(logit_share.shape)}")
         self.register_buffer("logit_share", logit_share.detach().clone().float())
         self.config, self.apart = {"num_classes": len(logit_share)} | ({"apart": True} if apart else {}), apart

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONG', 'BACKBONES', 'KINDS', 'KINETICS', 'ConvStage', 'StreamOutput', 'LocalStream', 'evaluating', 'gradient_field',
            'long_cnn', 'Weights', 'Backbone', 'register', 'find_backbone', 'stream_view', 'read_weights',
-           'fetch_weights', 'build_stream', 'sketched', 'checkpointed', 'TorchvisionCNN', 'receptive_field']
+           'fetch_weights', 'build_stream', 'sketched', 'check_output', 'checkpointed', 'TorchvisionCNN',
+           'receptive_field']
 
 # %% ../nbs/07_local_stream.ipynb #833d68f8
 import operator, os, re
@@ -271,6 +272,16 @@ def sketched(
         if "meta" not in str(error): raise
         return build(num_classes, **options)
 
+
+# %% ../nbs/07_local_stream.ipynb #5a0c2c02
+def check_output(
+    stream, # what returned it
+    output, # what it returned
+) -> StreamOutput: # the same
+    "The output of a stream. Raises TypeError where it is none, such as logits alone."
+    lacking = [name for name in ("logits", "embedding", "stages") if not hasattr(output, name)]
+    if lacking: raise TypeError(f"{type(stream).__name__} returned a {type(output).__name__} without {', '.join(lacking)}; a stream returns StreamOutput(logits, embedding, stages): see 'One way to add a backbone' in chapter 07")
+    return output
 
 # %% ../nbs/07_local_stream.ipynb #4e1891df
 @contextmanager

@@ -20,7 +20,7 @@ from . import global_stream          # its backbones enter the registry
 from .clips import GLOBAL_VIEW, LOCAL_VIEW, View
 from .dominance import DominanceMap
 from .fusion import FUSIONS, MeanFusion, build_fusion
-from .local_stream import BACKBONES, StreamOutput, find_backbone, sketched
+from .local_stream import BACKBONES, StreamOutput, check_output, find_backbone, sketched
 
 # %% ../nbs/12_model.ipynb #a06fff60
 @dataclass
@@ -63,7 +63,7 @@ class MBD(nn.Module, ModelHubMixin):
         local_clip, # (B, 3, T, H, W), the local stream's view of the videos
         global_clip, # the global stream's view of the same videos
     ) -> MBDOutput:
-        local, global_ = self.local(local_clip), self.global_(global_clip)
+        local, global_ = (check_output(stream, stream(clip)) for stream, clip in ((self.local, local_clip), (self.global_, global_clip)))
         given = (local.embedding, global_.embedding) if self.fusion.inputs == "embeddings" else self.probabilities(local.logits, global_.logits)
         return MBDOutput(local, global_, self.fusion(*given), self.fusion.weight(*given))
 

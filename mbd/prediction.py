@@ -18,7 +18,7 @@ import torch, torch.nn.functional as F
 from . import settings, training, video
 from .clips import _clip, _step, draw, frame_rate, sample
 from .global_stream import GlobalStream, attention_weights
-from .local_stream import _widen, build_stream, evaluating
+from .local_stream import _widen, build_stream, check_output, evaluating
 from .model import MBD
 from .scanning import _cut_off
 
@@ -99,7 +99,7 @@ def _ask(model, batch, each):
     "Logits and embeddings of both streams for a list of pairs of clips: {name: (logits (W, K), embedding (W, D))}."
     like = next(model.parameters())
     def answer(name):
-        output = getattr(model, name)(torch.stack([pair[name == "global_"] for pair in batch]).to(like))
+        output = check_output(stream := getattr(model, name), stream(torch.stack([pair[name == "global_"] for pair in batch]).to(like)))
         return output.logits.cpu().double(), output.embedding.cpu().float()
     return each(answer, ("local", "global_"))
 
@@ -203,6 +203,7 @@ def predict(
     "What the model says of a video, whole and along its time. Memory does not grow with the video's length. Raises VideoError where it cannot be read, ValueError where it is too short or a number impossible."
     for name, value in (("step", step), ("rate", rate), ("batch_size", batch_size)):
         if value is not None and not 0 < value < float("inf"): raise ValueError(f"{name} must be above 0, not {value!r}")
+    if not hasattr(model, "local_view"): raise TypeError(f"model must be an MBD, not a {type(model).__name__}; MBD.load(folder) reads one")
     if batch_size != int(batch_size): raise ValueError(f"batch_size must be a whole number, not {batch_size!r}")
     begun, path, views, device = time.perf_counter(), Path(video_file), (model.local_view, model.global_view), next(model.parameters()).device
     rate = rate or frame_rate(path)

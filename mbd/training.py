@@ -21,6 +21,7 @@ from .distillation import _check_number, Distillation, Placement, Projections, T
 from .dominance import fit_temperature, measure
 from .evaluation import average_views, choose_baseline
 from .fusion import fit_all
+from .local_stream import check_output
 from .model import MBD
 from .recipes import Mixing, cosine, mix, parameter_groups
 
@@ -272,7 +273,7 @@ def _piece(trainer, batch, number, pieces, look):
     local, global_, mixture = mix(batch, settings.mixing, at)
     mixture = replace(mixture, labels=mixture.labels.to(t.device), others=mixture.others.to(t.device))
     views = {name: _moved(view, t) for name, view in (("local", local), ("global", global_)) if name in t.streams}
-    outputs = t.each(lambda name: _needed(t, t.sides[name](views[name])), t.streams)
+    outputs = t.each(lambda name: _needed(t, check_output(t.streams[name], t.sides[name](views[name]))), t.streams)
     ends = {name: _ends(output) for name, output in outputs.items()}
     losses = {name: mixture.cross_entropy(end.logits, settings.smoothing) for name, end in ends.items()}
     loss, taught = sum(losses.values()), {}
@@ -660,7 +661,7 @@ def predict(
         for batch in () if out and number == len(loader) else loader.all(number):
             number += 1
             if batch is None: continue
-            answers = each(lambda name: getattr(model, name)(batch[name].to(device, first.dtype)), ("local", "global_"))
+            answers = each(lambda name: check_output(stream := getattr(model, name), stream(batch[name].to(device, first.dtype))), ("local", "global_"))
             if out is None: out = _room(answers, end - begin, data.views)
             for name, a in answers.items():
                 out[name][batch["index"] - begin, batch["view"]] = a.logits.float().cpu()

@@ -323,6 +323,8 @@ def test_videos_without_a_source_are_not_taken_for_one_scene(sim, missing):
     sources = list(sim.sources); sources[3] = missing
     for call in (lambda: measure(*calibrated(sim), sim.labels, sources, sim.classes), lambda: source_folds(sim.labels, sources), lambda: source_names([1, missing])):
         with pytest.raises(ValueError, match=rf"video \d of \d+ has no source \({missing}\): .* its own"): call()
+    for call in (lambda: measure(*calibrated(sim), sim.labels, None, sim.classes), lambda: source_folds(sim.labels, None)):
+        with pytest.raises(ValueError, match="sources are None: .* give each video its own"): call()
     assert source_names([1, "b"]) == ["1", "b"]
 
 

@@ -134,6 +134,19 @@ def test_fit_names_what_is_wrong(fusion):
     with pytest.raises(ValueError, match="not probabilities"): fusion.fit(p * 5, p, y)
 
 
+@pytest.mark.parametrize("fusion", [ScalarFusion(), AdaptiveFusion(torch.zeros(3))])
+def test_arrays_are_named_where_tensors_are_needed_and_taken_as_labels(fusion):
+    p, y = torch.full((4, 3), 1 / 3), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(TypeError, match=r"p_local is a ndarray; fusions take tensors: torch.as_tensor\(p_local\)"): fusion.fit(p.numpy(), p, y)
+    with pytest.raises(TypeError, match="p_global is a ndarray"): fusion(p, p.numpy())
+    wanted = {n: v.clone() for n, v in fusion.fit(p, p, y).state_dict().items()}
+    for labels in (y.numpy(), y.tolist()): assert all(torch.equal(v, wanted[n]) for n, v in fusion.fit(p, p, labels).state_dict().items())
+
+
+def test_adaptive_asks_for_the_shares_of_a_map(data):
+    with pytest.raises(TypeError, match="logit_share is a DominanceMap; of a DominanceMap give map.logit_share"): AdaptiveFusion(data[0])
+
+
 def test_adaptive_refuses_a_map_of_other_classes():
     with pytest.raises(ValueError, match="3 classes"): AdaptiveFusion(torch.zeros(3))(torch.eye(4), torch.eye(4))
     with pytest.raises(ValueError, match="finite"): AdaptiveFusion(torch.tensor([0.0, float("inf")]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, torch, torch.nn as nn
 from mbd import local_stream
 from mbd.clips import GLOBAL_VIEW, LOCAL_VIEW, Cut, View, cut
-from mbd.local_stream import (BACKBONES, LocalStream, StreamOutput, TorchvisionCNN, Weights, _widen, build_stream, checkpointed, fetch_weights, find_backbone,
+from mbd.local_stream import (BACKBONES, LocalStream, StreamOutput, TorchvisionCNN, Weights, _widen, build_stream, check_output, checkpointed, fetch_weights, find_backbone,
                               gradient_field, long_cnn, read_weights, receptive_field, register, stream_view)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,13 @@ def test_an_own_backbone_is_registered_built_and_used(registry):
     assert stream(clip(2, 3, 4, 8, 8)).logits.shape == (2, 3) and stream_view("small") == view and registry["small"].kind == "either"
     assert (stream.backbone, stream.config, stream.seen, stream.new_head) == ("small", dict(num_classes=3, width=6), frozenset(), True)
     assert build_stream(stream.backbone, **stream.config).layer.out_channels == 6
+
+
+def test_what_is_no_output_of_a_stream_is_named():
+    stream = Small(3); output = stream(clip(2, 3, 4, 8, 8))
+    assert check_output(stream, output) is output
+    for odd, words in ((output.logits, "Small returned a Tensor without logits, embedding, stages; a stream returns StreamOutput"), ((output.logits, {}), "returned a tuple without logits")):
+        with pytest.raises(TypeError, match=words): check_output(stream, odd)
 
 
 def test_the_same_definition_may_be_registered_twice_and_another_may_not(registry):

@@ -58,6 +58,12 @@ def folder(tmp_path_factory):
 
 # ---- windows
 
+def test_what_is_no_model_and_what_is_no_stream_is_named(folder):
+    with pytest.raises(TypeError, match=r"model must be an MBD, not a \w+Path; MBD.load"): predict(folder / "film.mp4", folder)
+    model = make(); model.local = torch.nn.Sequential(torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten())
+    with pytest.raises(TypeError, match="Sequential returned a Tensor without logits"): predict(folder / "film.mp4", model)
+
+
 def test_frames_spread_over_a_short_video_are_not_held(folder):
     found = predict(folder / "film.mp4", make(views=(VIEWS[0], View(4, size=16, sampling="segments"))))
     assert not any("held" in note for note in found.notes) and "1 window of 4.00 s" in str(found)

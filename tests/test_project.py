@@ -37,6 +37,21 @@ def test_the_commands_can_be_typed(paper, tmp_path, monkeypatch):
     assert typed or paper.parent.name == "reports"
 
 
+def test_the_readme_s_script_for_videos_and_a_network_of_ones_own_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("av")
+    from mbd import local_stream, miniactions, video
+    monkeypatch.chdir(tmp_path)
+    for name in ("PushUpsFast", "SameHand"):
+        (tmp_path/"my_videos"/name).mkdir(parents=True)
+        for group in range(1, 7): video.write_video(tmp_path/"my_videos"/name/f"{group}.mp4", miniactions.render(miniactions.Spec(), name, group=group, clip=1))
+    (tmp_path/"my.mp4").write_bytes((tmp_path/"my_videos/SameHand/1.mp4").read_bytes())
+    script, before = re.search(r"<!-- own data -->\n```python\n(.*?)^```", PAPERS[0].read_text(encoding="utf-8"), re.M | re.S)[1], dict(local_stream.BACKBONES)
+    try: exec(compile(re.sub(r"epochs=\d+", "epochs=1", script), "README.md", "exec"), {"__name__": "readme"})
+    finally: local_stream.BACKBONES.clear(); local_stream.BACKBONES.update(before)
+    said = capsys.readouterr().out
+    assert "reference (share over all classes)" in said and "my.mp4: 1.24 s" in said and (tmp_path/"my_model/config.json").is_file()
+
+
 def test_the_citation_names_the_paper_as_the_readme_does():
     yaml = pytest.importorskip("yaml")
     citation, readme = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")), PAPERS[0].read_text(encoding="utf-8")

@@ -174,6 +174,16 @@ def test_answers_are_asked_for_in_the_views_of_the_model():
     assert all(0 <= row["validation"] <= 1 for row in rows)
 
 
+def test_a_stream_that_returns_its_logits_alone_is_named_wherever_it_is_asked():
+    class Bare(torch.nn.Module):
+        def __init__(self): super().__init__(); self.head = torch.nn.Linear(3, 3)
+        def forward(self, x): return self.head(x.mean((2, 3, 4)))
+    model = make(); model.local = Bare()
+    clips = next(iter(training.batches(data(False), 4)))
+    for ask in (lambda: model(clips["local"], clips["global_"]), lambda: train(model, data(), Training(epochs=1, batch_size=8)), lambda: predict(model, data(False))):
+        with pytest.raises(TypeError, match="Bare returned a Tensor without logits, embedding, stages; a stream returns StreamOutput"): ask()
+
+
 # ---- teaching
 
 def test_directed_teaching_differs_from_none_and_arms_from_each_other():
