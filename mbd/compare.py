@@ -16,7 +16,7 @@ from . import evaluation, plots
 from .account import table
 from .pairs import find_pair
 from .study import claims_table, read_claims
-from .worlds import STUDIES
+from .worlds import ANSWERS, DAMAGE, STUDIES
 from .experiment import EXPERIMENTS, comparable, load_predictions, read_runs
 
 # %% ../nbs/compare.ipynb #c4e4264a
@@ -291,5 +291,5 @@ def claims(
 ) -> str: # Markdown; a line that says so where there are no claims
     "The claims in `claims.toml` of this folder, with their verdicts. Raises ValueError for one that names what its study does not have."
     file = Path(reports)/"claims.toml"
-    known = {name: {"setting": study.settings, "arm": study.arms} for name, study in STUDIES.items()}
+    known = {name: {"setting": study.settings, "arm": study.arms} for name, study in STUDIES.items()} | {"study_fusion": {"setting": DAMAGE, "arm": ANSWERS}}
     return claims_table(read_claims(file), reports, place, known) if file.is_file() else "No claims.toml here."

@@ -191,10 +191,11 @@ def test_a_run_on_stored_features_names_its_backbones_and_what_they_have_seen(re
     assert "stored features of r3d_18 kinetics400 + swin3d_t kinetics400, from kinetics400/train (mini" in found and "frozen backbones, whose cost is left out" in found
 
 
-@pytest.mark.parametrize("old, new, words", [("arm", "directd", "arm 'directd'; did you mean 'directed'"), ("setting", "50 lables", "setting '50 lables'; did you mean '50 labels'")])
-def test_a_claim_that_names_what_its_study_does_not_have_is_refused_before_its_first_cell(tmp_path, old, new, words):
-    named = {"arm": "directed", "setting": "50 labels"}
-    def write(arm, setting): (tmp_path/"claims.toml").write_text(f'[[claim]]\nid = "c"\npaper = "P3"\nsays = "so"\nstudy = "study_few_labels"\nmetric = "adaptive"\narm = "{arm}"\ncontrols = ["reversed"]\nwhere = {{ setting = "{setting}" }}\nrefuted = "no"\nseeds = 8\n')
-    write(**named); assert "**untested**" in compare.claims(tmp_path)
-    write(**named | {old: new})
-    with pytest.raises(ValueError, match=f"claim 'c': study_few_labels has no {words}"): compare.claims(tmp_path)
+FEW, FUSIONS = dict(study="study_few_labels", arm="directed", control="reversed", setting="50 labels"), dict(study="study_fusion", arm="adaptive", control="gate", setting="noise in local")
+
+@pytest.mark.parametrize("right, old, new, near", [(FEW, "arm", "directd", "directed"), (FEW, "setting", "50 lables", "50 labels"), (FUSIONS, "control", "gaet", "gate"), (FUSIONS, "setting", "noise in locl", "noise in local")])
+def test_a_claim_that_names_what_its_study_does_not_have_is_refused_before_its_first_cell(tmp_path, right, old, new, near):
+    def write(study, arm, control, setting): (tmp_path/"claims.toml").write_text(f'[[claim]]\nid = "c"\npaper = "P3"\nsays = "so"\nstudy = "{study}"\nmetric = "adaptive"\narm = "{arm}"\ncontrols = ["{control}"]\nwhere = {{ setting = "{setting}" }}\nrefuted = "no"\nseeds = 8\n')
+    write(**right); assert "**untested**" in compare.claims(tmp_path)
+    write(**right | {old: new})
+    with pytest.raises(ValueError, match=f"claim 'c': {right['study']} has no {'setting' if old == 'setting' else 'arm'} '{new}'; did you mean '{near}'"): compare.claims(tmp_path)
