@@ -245,7 +245,7 @@ def verdicts(
 def _difference(c, controls):
     "The difference and its interval in hundredths, and the control where a claim has several."
     if c is None: return ""
-    points = lambda x: f"{100*x:+.1f}"
+    points = lambda x: f"{100*x:+z.1f}"      # z: no -0.0
     return f"{points(c.estimate)} [{points(c.low)}, {points(c.high)}]" + (f" against {c.against}" if isinstance(controls, list) and len(controls) > 1 else "")
 
 # %% ../nbs/16_study.ipynb #f9cdb29b
