@@ -1402,6 +1402,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mbd.video._av': ('video.html#_av', 'mbd/video.py'),
                            'mbd.video._by_counting': ('video.html#_by_counting', 'mbd/video.py'),
                            'mbd.video._by_seeking': ('video.html#_by_seeking', 'mbd/video.py'),
+                           'mbd.video._check_generator': ('video.html#_check_generator', 'mbd/video.py'),
                            'mbd.video._checksum': ('video.html#_checksum', 'mbd/video.py'),
                            'mbd.video._decode': ('video.html#_decode', 'mbd/video.py'),
                            'mbd.video._formats': ('video.html#_formats', 'mbd/video.py'),

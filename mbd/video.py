@@ -12,7 +12,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Real
+from numbers import Rational, Real
 from pathlib import Path
 import numpy as np
 
@@ -57,7 +57,7 @@ def write_video(
     "Write `frames` (as yuv420p, in the container and codec of the ending) and return the path. Atomic, one thread, same frames give the same bytes. Raises ValueError, VideoError."
     path = Path(path)
     frames = _video(frames, path.name, 3)
-    rate = Fraction(fps).limit_denominator(1001) if isinstance(fps, Real) and math.isfinite(fps) else 0
+    rate = Fraction(fps if isinstance(fps, Rational) else float(fps)).limit_denominator(1001) if isinstance(fps, Real) and math.isfinite(fps) else 0
     if not rate > 0: raise ValueError(f"{path.name}: fps must be above 0 (1/1001 or more), not {fps!r}")
     if isinstance(crf, bool) or not isinstance(crf, Real) or not 0 <= crf <= 51: raise ValueError(f"{path.name}: crf must be a number from 0 to 51, not {crf!r}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
@@ -74,7 +74,7 @@ def write_video(
             container.mux(stream.encode())
         with open(part, "rb+") as file: os.fsync(file.fileno())     # on the disk before it gets its name
         os.replace(part, path)
-    except (av.error.FFmpegError, ValueError) as error: raise VideoError(path, f"cannot be written: {error}") from error
+    except (av.error.FFmpegError, ValueError, OverflowError) as error: raise VideoError(path, f"cannot be written: {error}") from error
     finally: part.unlink(missing_ok=True)
     return path
 
@@ -360,7 +360,9 @@ def read_frames(
     index=None, # its `FrameIndex`, where known: nothing is looked up or stored then
 ) -> np.ndarray: # uint8 (len(indices), H, W, 3), RGB
     "The frames at `indices`, each exactly the i-th frame of decoding from the start. Raises IndexError outside the file, VideoError where it cannot be read or changed after it was indexed."
-    indices, own = [operator.index(i) for i in indices], index is None
+    indices, own = list(indices), index is None
+    if any("bool" in str(getattr(i, "dtype", type(i))) for i in indices): raise TypeError("indices are True and False; read_frames takes numbers of frames, of a mask np.flatnonzero(mask)")
+    indices = [operator.index(i) for i in indices]
     if own: index = scan(path)
     else: _unchanged(path, index)
     wanted = sorted(set(indices))
@@ -403,6 +405,10 @@ def _whole(low, high=float("inf"), **values):
         if not low <= operator.index(value) <= high: raise ValueError(f"{name} must be {f'from {low} to {high}' if high < float('inf') else f'at least {low}'}, not {value}")
         yield operator.index(value)
 
+def _check_generator(generator):
+    "Refuse what draws no numbers as numpy's Generator does: a seed, or torch's."
+    if not (generator is None or isinstance(generator, np.random.Generator)): raise TypeError(f"generator must be a numpy Generator, such as np.random.default_rng(0), not {generator!r}")
+
 # %% ../nbs/02_video.ipynb #e10592a6
 def dense_clip(
     num_frames, # frames in the video
@@ -413,6 +419,7 @@ def dense_clip(
 ) -> np.ndarray: # int (length,)
     "Indices of `length` frames, `stride` apart. Past the end of the video, its last frame is held."
     num_frames, length, stride = _whole(1, num_frames=num_frames, length=length, stride=stride)
+    _check_generator(generator)
     room = max(0, num_frames - 1 - (length - 1) * stride)   # the last possible start
     if start is None: start = room // 2 if generator is None else int(generator.integers(room + 1))
     (start,) = _whole(0, start=start)
@@ -427,6 +434,7 @@ def uniform_segments(
 ) -> np.ndarray: # int (num_segments,)
     "One index from each of `num_segments` equal parts (temporal segment networks). A video with fewer frames repeats some."
     num_frames, num_segments = _whole(1, num_frames=num_frames, num_segments=num_segments)
+    _check_generator(generator)
     u = 0.5 if generator is None else generator.random(num_segments)
     return np.minimum(((np.arange(num_segments) + u) * num_frames / num_segments).astype(int), num_frames - 1)
 
@@ -457,9 +465,12 @@ class Window:
     def read(self,
         indices, # which frames, counted from the window's first
     ) -> np.ndarray: # uint8 (len(indices), H, W, 3), RGB
-        "Some of its frames. Raises RuntimeError once the next window was asked for: other frames are held then."
+        "Some of its frames. Raises IndexError outside the window, RuntimeError once the next one was asked for: other frames are held then."
         if not self.held or self.held[-1] is not self._last: raise RuntimeError(f"the window that begins at frame {self.begin} has passed: read each one before the next is asked for")
-        return np.stack([_rgb(self.held[i], self.size) for i in indices])
+        indices = [operator.index(i) for i in indices]
+        for i in indices:
+            if not 0 <= i < self.count: raise IndexError(f"there is no frame {i} in the window that begins at frame {self.begin}, it has {self.count} (0 to {self.count - 1})")
+        return np.stack([_rgb(self.held[i], self.size) for i in indices]) if indices else np.empty((0, *self.size, 3), np.uint8)
 
 def sliding_windows(
     path, # a video file of any length

@@ -483,3 +483,29 @@ def test_a_video_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(Path(b).name), replace(a, b)))
     path = write_video(tmp_path / "a.mp4", film(5))
     assert done == [path.stat().st_size, "a.mp4"]
+
+
+def test_a_rate_may_be_a_number_of_numpy(tmp_path):
+    write_video(tmp_path / "a.mp4", film(3), fps=np.float32(12.5))
+    with av.open(str(tmp_path / "a.mp4")) as container: assert container.streams.video[0].average_rate == 12.5
+    with pytest.raises(VideoError, match="a.mp4: cannot be written"): write_video(tmp_path / "a.mp4", film(3), fps=1e12)
+
+
+@pytest.mark.parametrize("mask", [[True, False, True], np.array([True, False, True]), torch.tensor([True, False, True])])
+def test_a_mask_is_not_taken_for_frames_0_and_1(tmp_path, mask):
+    with pytest.raises(TypeError, match="True and False.*flatnonzero"): read_frames(write_video(tmp_path / "a.mp4", film(3)), mask)
+
+
+@pytest.mark.parametrize("generator", [0, np.random.RandomState(0), torch.Generator()])
+def test_what_draws_no_numbers_is_told(generator):
+    for call in (lambda: dense_clip(10, 4, generator=generator), lambda: uniform_segments(10, 4, generator)):
+        with pytest.raises(TypeError, match="generator must be a numpy Generator, such as np.random.default_rng"): call()
+
+
+def test_a_window_refuses_frames_it_does_not_have(tmp_path):
+    first, last = (window.begin for window in video.sliding_windows(write_video(tmp_path / "a.mp4", film(16)), 8))
+    assert (first, last) == (0, 8)
+    for window in video.sliding_windows(tmp_path / "a.mp4", 8):
+        for bad in (8, -1):
+            with pytest.raises(IndexError, match=f"no frame {bad} in the window that begins at frame {window.begin}, it has 8"): window.read([0, bad])
+        assert window.read([]).shape == (0, 48, 128, 3) and numbers(window.read(np.arange(8))) == list(range(window.begin, window.begin + 8))
