@@ -11,10 +11,12 @@ import csv, functools, gc, json, os, re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from operator import itemgetter
 from pathlib import Path
 import numpy as np
 from .settings import nearest
+from .video import _whole
 
 # %% ../nbs/03_datasets.ipynb #1af9b208
 class _WhenAsked:
@@ -470,6 +472,8 @@ def load(
     if name not in READERS: raise ValueError(f"data set {name!r} is unknown; {nearest(name, list(READERS))}")
     reader, splits, subsets = READERS[name]
     if split not in splits: raise ValueError(f"{name} has no split {split!r}; valid: {', '.join(map(str, splits))}")
+    split = int(split)      # 1.0 is split 1, and no trainlist1.0.txt
+    if root is None: raise ValueError(f"root is None: no folder of {name} is known; set {name} in the [data] section of settings.ini, or MBD_DATA_{name.upper()}")
     if (name, subset) == ("ssv2", "test"): raise ValueError("the test list of ssv2 has no labels, so 'test' cannot be loaded; results are reported on 'validation'")
     if subset not in subsets: raise ValueError(f"{name} has no subset {subset!r}; {nearest(subset, list(subsets))}")
     others = [(Path(annotations), Path(root))] if annotations else []
@@ -483,14 +487,14 @@ def load(
 
 # %% ../nbs/03_datasets.ipynb #70618f7f
 def has_seen(
-    seen, # names of lists that weights were trained on
+    seen, # names of lists that weights were trained on; the name of a data set alone means all its lists
     origin, # of a record
 ) -> bool:
     "Can a video of this list be among those?"
     data, subset, split = re.fullmatch(r"(.*?)/?([a-z]*)(\d*)", origin).groups()
-    for name in seen:
+    for name in [seen] if isinstance(seen, str) else seen:
         other, their_subset, their_split = re.fullmatch(r"(.*?)/?([a-z]*)(\d*)", name).groups()
-        if origin and data == other and (subset == their_subset or split != their_split): return True
+        if origin and (data == name or data == other and (subset == their_subset or split != their_split)): return True
     return False
 
 # %% ../nbs/03_datasets.ipynb #7a98da48
@@ -518,9 +522,10 @@ def table(
 # %% ../nbs/03_datasets.ipynb #92d43cdb
 def _shares(fractions, rest):
     "Check the fractions of the parts that are cut off."
+    if not isinstance(fractions, dict): raise TypeError(f"fractions must be a dict of parts, such as {{'map': 0.15, 'gate': 0.15}}, not {fractions!r}")
     for name, f in fractions.items():
         if name == rest: raise ValueError(f"fractions: {rest!r} gets what is left, it cannot be given")
-        if not 0 < f < 1: raise ValueError(f"fractions: {name} = {f!r} must lie between 0 and 1")
+        if not isinstance(f, Real) or not 0 < f < 1: raise ValueError(f"fractions: {name} = {f!r} must lie between 0 and 1")
     if sum(fractions.values()) >= 1: raise ValueError(f"fractions: {fractions} leave nothing to {rest!r}; their sum must be below 1")
     return fractions
 
@@ -546,6 +551,7 @@ def cut_parts(
 ) -> dict: # part -> list of Record, the rest first
     "Cut records by source, every class in every part. Raises ValueError for records of the other kind of list and where there is no such cut."
     records, fractions = list(getattr(records, "records", records)), _shares(fractions, rest)
+    (seed,) = _whole(0, seed=seed)
     if rest not in ("fit", "test"): raise ValueError(f"rest = {rest!r} must be 'fit' (of a training list) or 'test' (of a test or validation list)")
     if not records: raise ValueError("there are no records to cut; were the videos found?")
     other = next((r for r in records if (r.subset == "train") != (rest == "fit")), None)

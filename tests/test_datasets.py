@@ -622,3 +622,21 @@ def test_cut_of_the_official_list(tmp_path):
     parts = cut_parts(train)
     check(parts, train.records, ["map", "gate"])
     assert all(Counter(s.rsplit("_", 1)[0] for s in {r.source for r in parts[p]}).most_common()[0][1] == 3 for p in ("map", "gate"))
+
+
+def test_a_list_that_was_seen_may_be_named_in_any_form():
+    "A forgotten comma, `(\"kinetics400/train\")`, must not open a closed door, nor the name of the set alone."
+    for seen in ("kinetics400/train", ("kinetics400/train",), "kinetics400", ["ucf101", "kinetics400"]): assert datasets.has_seen(seen, "kinetics400/train")
+    assert datasets.has_seen(["ucf101"], "ucf101/test2") and not datasets.has_seen("kinetics400/train", "kinetics400/validation") and not datasets.has_seen("ucf101", "")
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda d: cut_parts(d, .15), TypeError, "fractions must be a dict of parts, such as .*not 0.15"), (lambda d: cut_parts(d, {"map": "0.15"}), ValueError, "map = '0.15' must lie between 0 and 1"),
+    (lambda d: cut_parts(d, seed=None), TypeError, "seed must be a whole number, not None"), (lambda d: cut_parts(d, seed=-1), ValueError, "seed must be at least 0, not -1"),
+    (lambda d: load("ucf101", None), ValueError, "root is None: .*set ucf101 in the .data. section of settings.ini, or MBD_DATA_UCF101")])
+def test_odd_arguments_are_named(root, call, error, message):
+    with pytest.raises(error, match=message): call(load("ucf101", root))
+
+
+def test_a_split_is_a_whole_number_in_names(root):
+    for split in (1.0, True): assert load("ucf101", root, split).records[0].origin == "ucf101/train1"
