@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from . import datasets
 from .settings import nearest
+from .video import _whole
 
 # %% ../nbs/03_preparation.ipynb #861f7e75
 class PreparationError(Exception):
@@ -299,8 +300,11 @@ class Guard:
         place, # folder to write to
         into=".", # folder in there that takes the files
         depth=0, # parts of the name that are kept, from its end; 0: all
-        endings=(), # of the files to keep, lower case; none: all
+        endings=(), # of the files to keep, one or several; none: all
     ):
+        if problem := _name_problem(into): raise ValueError(f"into = {into!r} {problem}; name one below the folder")
+        (depth,) = _whole(0, depth=depth)
+        endings = tuple(ending.lower() for ending in ([endings] if isinstance(endings, str) else endings))
         self.archive, self.place, self.into, self.depth, self.endings = archive, Path(place), into, depth, endings
         self.most, self.room, self.names, self.targets = max(packed * RATIO, FLOOR), _free(place) - RESERVE, {}, {}
         self.entries = self.files = self.bytes = self.skipped = 0
@@ -321,7 +325,7 @@ class Guard:
         if self.bytes > self.most: self._refuse(entry.name, f"brings the content to {size_in_words(self.bytes)}, the limit for an archive of this size is {size_in_words(self.most)}")
         if self.bytes > self.room: raise _disk_full(self.place, self.bytes, self.archive)
         junk = parts[0] == "__MACOSX" or parts[-1].startswith("._")
-        if junk or self.endings and not parts[-1].lower().endswith(tuple(self.endings)):
+        if junk or self.endings and not parts[-1].lower().endswith(self.endings):
             self.skipped += 1
             return None
         if len(parts) < self.depth: self._refuse(entry.name, f"lies less than {self.depth - 1} folder deep; this is not the archive that was expected")
@@ -466,6 +470,7 @@ def _opened(archive, place):
         with openers[0]() as first: head = first.read(8)
         if head.startswith(MAGIC[".rar"]): reader = _rar_entries(archive, place)
         elif head.startswith(MAGIC[".zip"]): reader = _zip_entries(archive)
+        elif head.startswith((b"BZh", b"7z\xbc\xaf", b"\xfd7zXZ")): raise ArchiveError(f"{name} is packed by bzip2, 7z or xz, and zip, tar, tar.gz and rar are read here; unpack it by hand, or pack it anew")
         else:
             stream = io.BufferedReader(_Joined(openers), 1 << 20)
             reader = _tar_entries(gzip.GzipFile(fileobj=stream) if head.startswith(MAGIC[".gz"]) else stream, place)
@@ -532,9 +537,9 @@ def _unpack(archive, folder, work, name, packed, into, depth, endings, progress)
     "Unpack and move in; returns the folder of the finished archive, which `_forget` removes, and what it held."
     new, ready = work / f"{name}.new", work / f"{name}.ready"
     if not ready.exists():
+        guard = Guard(name, packed, new, into, depth, endings)
         if new.exists(): shutil.rmtree(new)
         (new / "tree").mkdir(parents=True)
-        guard = Guard(name, packed, new, into, depth, endings)
         try: _extract(archive, guard, new / "tree", packed, progress)
         except PreparationError:
             shutil.rmtree(new)    # makes room
@@ -560,10 +565,10 @@ def unpack(
     folder, # what it holds is put here
     into=".", # folder in there
     depth=0, # parts of each name to keep, from its end; 0: all
-    endings=(), # of the files to keep, lower case; none: all
+    endings=(), # of the files to keep, one or several; none: all
     progress=None, # called with (bytes done, bytes in all)
 ) -> dict: # files, bytes, skipped, places
-    "Unpack an archive: all of it or nothing. Raises ArchiveError, DiskFullError; the same call continues after a kill."
+    "Unpack an archive: all of it or nothing. Raises ArchiveError, DiskFullError, ValueError for wrong arguments; the same call continues after a kill."
     archive, folder = Path(archive), Path(folder)
     try:
         ready, summary = _unpack(archive, folder, folder / WORK, archive.name, archive.stat().st_size, into, depth, endings, progress)
@@ -955,6 +960,7 @@ def prepare(
     subsets = (subsets,) if isinstance(subsets, str) else tuple(subsets)
     for subset in subsets:
         if subset not in SUBSETS: raise ValueError(f"subsets: {subset!r} is unknown; {nearest(subset, list(SUBSETS))}")
+    if checksums is not None and not isinstance(checksums, dict): raise ValueError(f"checksums must be a dict {{file: 'sha256:...'}}, not {checksums!r}")
     _check_names("urls", urls, [s.file for s in SOURCES[name]])
     if name in ("ucf101", "hmdb51"): _check_names("checksums", checksums or {}, [s.file for s in SOURCES[name]])
     with _disk_told(Path(root)), _locked(Path(root) / WORK):

@@ -898,3 +898,34 @@ def test_killed_at_any_moment_the_tree_ends_up_the_same(hmdb, server, tmp_path, 
         kills += killed
         if not killed: break
     assert kills * step > 50 and not killed and not server.asked
+
+
+@pytest.fixture
+def archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as packed:
+        for name in ("A/v.avi", "A/via", "A/w.AVI"): packed.writestr(name, name)
+    return tmp_path / "set.zip"
+
+
+@pytest.mark.parametrize("endings", [".avi", ".AVI", (".avi",), [".AVI"]])
+def test_one_ending_is_no_list_of_letters(archive, tmp_path, endings):
+    assert unpack(archive, tmp_path / "out", endings=endings)["files"] == 2 and not (tmp_path / "out/A/via").exists()
+
+
+@pytest.mark.parametrize("options, message", [({"into": "../lists"}, "into = '../lists' leads out of the folder"), ({"into": "/lists"}, "into = '/lists' is an absolute name"),
+                                              ({"depth": -1}, "depth must be at least 0, not -1")])
+def test_what_is_unpacked_stays_in_its_folder(archive, tmp_path, options, message):
+    "`../lists` was unpacked beside the tree that is moved into place: told as done, and lost."
+    with pytest.raises(ValueError, match=message): unpack(archive, tmp_path / "out", **options)
+    assert not (tmp_path / "lists").exists() and not list((tmp_path / "out").rglob("*.avi")) and unpack(archive, tmp_path / "out")["files"] == 3
+
+
+@pytest.mark.parametrize("mode", ["bz2", "xz"])
+def test_a_way_to_pack_that_is_not_read_is_no_damage(tmp_path, mode):
+    with tarfile.open(tmp_path / f"set.tar.{mode}", f"w:{mode}") as packed: packed.addfile(tarfile.TarInfo("a.avi"))
+    with pytest.raises(ArchiveError, match="is packed by bzip2, 7z or xz.*unpack it by hand"): unpack(tmp_path / f"set.tar.{mode}", tmp_path / "out")
+
+
+def test_checksums_belong_to_files(tmp_path):
+    with pytest.raises(ValueError, match="checksums must be a dict .*not 'sha256:abc'"): prepare("ucf101", tmp_path / "ucf101", checksums="sha256:abc")
+    assert not (tmp_path / "ucf101").exists()
