@@ -111,7 +111,7 @@ _LIFE = 500      # files after which a helper is replaced anyway, so that a deco
 
 class _Helper:
     "A process that calls one function, one call at a time."
-    def __init__(self, function, timeout): self.function, self.timeout, self.process, self.left, self.said = function, timeout, None, 0, ""
+    def __init__(self, function, timeout): self.function, self.timeout, self.process, self.left, self.said = function, min(timeout, 1e6), None, 0, ""      # 11 days: a clock that is set to `inf` fails
 
     def start(self):
         self.errors, self.left = tempfile.TemporaryFile(), _LIFE
@@ -218,7 +218,7 @@ def _videos(root, files=None):
             above = "" if (above := os.path.relpath(folder, root)) == os.curdir else os.path.join(above, "")
             found |= {above + e for e in entries if not e.startswith(".") and os.path.splitext(e)[1].lower() in ENDINGS}
     else:
-        for file in files:      # an absolute path stays as it is
+        for file in [files] if isinstance(files, (str, os.PathLike)) else files:      # an absolute path stays as it is
             found.add(path := os.path.relpath(os.path.abspath(os.path.join(root, file)), os.path.abspath(root)))
             if path == os.curdir or path.split(os.sep)[0] == os.pardir or os.path.isabs(path): raise ValueError(f"{path!r} lies outside {root}; name files below it")
     return sorted(found if os.sep == "/" else (path.replace(os.sep, "/") for path in found))
@@ -330,7 +330,7 @@ def _arguments(root, workers, timeout):
 # %% ../nbs/03_scanning.ipynb #fefefce4
 def check(
     root, # folder of the videos
-    files=None, # exactly these files, relative to `root` or absolute; by default every video below it
+    files=None, # exactly these files (or this one), relative to `root` or absolute; by default every video below it
     workers=2, # processes that decode, one thread each
     timeout=60, # seconds for one file
     output=None, # folder of the two tables; by default `root`

@@ -580,3 +580,17 @@ def test_loading_a_large_table_is_fast_and_killing_often_loses_nothing(tmp_path,
         with pytest.raises(KeyboardInterrupt): check(root, progress=stop)
     report = check(root)
     assert report.kept == 100 and len(load_index(root)) == 100
+
+
+def test_no_limit_of_time_is_no_crash(tmp_path):
+    "`timeout=inf` had every video written down as one that crashes the decoder."
+    (tmp_path / "set").mkdir()
+    video.write_video(tmp_path / "set/a.mp4", film(6))
+    assert check(tmp_path / "set", timeout=float("inf")).readable == 1 and resize(tmp_path / "set", tmp_path / "small", short_side=16, timeout=1e12).readable == 1
+
+
+@pytest.mark.parametrize("file", [str, Path])
+def test_one_file_is_no_list_of_letters(tmp_path, file):
+    video.write_video(tmp_path / "a.mp4", film(6)); (tmp_path / "b.mp4").touch()
+    report = check(tmp_path, files=file("a.mp4"))
+    assert (report.found, report.readable) == (1, 1)
