@@ -19,13 +19,13 @@ from torch import nn
 from .dominance import class_share, share, source_folds, source_names
 
 # %% ../nbs/11_fusion.ipynb #ef49a53d
-def _checked_pair(p_local, p_global, num_classes=None):
+def _checked_pair(p_local, p_global, num_classes=None, names=("p_local", "p_global")):
     "Refuses what is not two (N, K) tables of probabilities, of the classes a fusion was made for"
-    for name, p in (("p_local", p_local), ("p_global", p_global)):
+    for name, p in zip(names, (p_local, p_global)):
         if not isinstance(p, torch.Tensor): raise TypeError(f"{name} is a {type(p).__name__}; fusions take tensors: torch.as_tensor({name})")
     if p_local.ndim != 2 or p_local.shape != p_global.shape:
         raise ValueError(f"both streams' probabilities must share a shape (N, K), not {tuple(p_local.shape)} and {tuple(p_global.shape)}")
-    for name, p in (("p_local", p_local), ("p_global", p_global)):
+    for name, p in zip(names, (p_local, p_global)):
         if not torch.isfinite(p).all(): raise ValueError(f"{name} holds NaN or infinite values")
         if (p < 0).any() or ((p.sum(1) - 1).abs() > 1e-2).any(): raise ValueError(f"the rows of {name} are not probabilities: they must be >= 0 and sum to 1; pass softmax(logits / T)")
     if num_classes not in (None, p_local.shape[1]): raise ValueError(f"p_local has {p_local.shape[1]} classes, the fusion {num_classes} classes; make one with num_classes={p_local.shape[1]} and fit it")
@@ -37,6 +37,7 @@ def fuse(
 ) -> torch.Tensor: # (N, K)
     "w p_local + (1 - w) p_global, row by row (P5). ValueError on shapes, rows that do not sum to 1, weights outside 0..1"
     _checked_pair(p_local, p_global)
+    if not isinstance(weight, torch.Tensor): raise TypeError(f"weight is a {type(weight).__name__}; give one for each video: torch.full((len(p_local),), 0.5)")
     if weight.shape != p_local.shape[:1]: raise ValueError(f"weight must have shape ({len(p_local)},), not {tuple(weight.shape)}")
     if not ((weight >= 0) & (weight <= 1)).all(): raise ValueError(f"weights must lie in 0..1, found {float(weight.min()):.3g}..{float(weight.max()):.3g}")
     return weight[:, None] * p_local + (1 - weight)[:, None] * p_global
@@ -115,6 +116,7 @@ class MeanFusion(nn.Module):
 
     def weight(self, p_local: torch.Tensor, p_global: torch.Tensor) -> torch.Tensor: # (N,)
         "Weight of the local stream for each video"
+        _checked_pair(p_local, p_global)
         return torch.full_like(p_local[:, 0], 0.5)
 
     def forward(self,
@@ -146,6 +148,7 @@ class ScalarFusion(MeanFusion):
 
     def weight(self, p_local: torch.Tensor, p_global: torch.Tensor) -> torch.Tensor: # (N,)
         "The same weight for each video"
+        _checked_pair(p_local, p_global)
         return torch.sigmoid(self.bias).to(p_local).expand(len(p_local))
 
 # %% ../nbs/11_fusion.ipynb #c40d4c4a
@@ -210,7 +213,8 @@ class AdaptiveFusion(MeanFusion):
 
     def weight(self, p_local: torch.Tensor, p_global: torch.Tensor) -> torch.Tensor: # (N,)
         "Weight of the local stream for each video"
-        return torch.sigmoid(self.slope.to(p_local) * self.evidence(p_local, p_global) + self.bias.to(p_local))
+        evidence = self.evidence(p_local, p_global)
+        return torch.sigmoid(self.slope.to(p_local) * evidence + self.bias.to(p_local))
 
 # %% ../nbs/11_fusion.ipynb #e4a2fa3b
 class ClassFusion(MeanFusion):
@@ -363,8 +367,9 @@ def corrupt(
     strength, # number or (N,): standard deviation in units of the logits' own spread; else the part of videos hit
     seed: int = 0, # of the draw
 ) -> torch.Tensor: # (N, K) probabilities
-    "A stream's answers as if it were damaged (ours). ValueError on an unknown kind or a negative strength"
+    "A stream's answers as if it were damaged (ours). ValueError on an unknown kind, a negative strength, what are no probabilities"
     if kind not in CORRUPTIONS: raise ValueError(f"kind is {kind!r}; choose one of {', '.join(CORRUPTIONS)}")
+    _checked_pair(p, p, names=("p", "p"))
     strength = torch.as_tensor(strength, dtype=torch.float64).expand(len(p))
     if not (strength >= 0).all() or (kind != "noise" and (strength > 1).any()): raise ValueError(f"strength is {strength.min().item():.3g}..{strength.max().item():.3g}; {kind} takes {'0 or more' if kind == 'noise' else '0..1'}")
     draw, z = torch.Generator().manual_seed(seed), p.detach().cpu().double().clamp_min(1e-6).log()
@@ -535,6 +540,8 @@ def cross_fit(
     seed: int = 0, # of the dealing into folds
 ) -> torch.Tensor: # (N, K) fused probabilities
     "Each video's answer by a fusion fitted on the other folds of sources. ValueError on one source only, or as the fusion's `fit`"
+    if isinstance(make, nn.Module): raise TypeError(f"make is a fusion; give what makes one: {type(make).__name__}, or lambda: {type(make).__name__}(...)")
+    labels = torch.as_tensor(labels)
     if not len(first) == len(second) == len(labels): raise ValueError(f"{len(first)} and {len(second)} answers for {len(labels)} labels; give the same videos")
     names = np.asarray(source_names(sources))
     fold = source_folds(labels, names, min(folds, max(2, len(set(names.tolist())))), seed).to(first.device)
@@ -594,11 +601,13 @@ def may_stop(
     least_share: float = 0.5, # expected share from which the first stream counts as dominant
 ) -> torch.Tensor: # (N,) bool
     "Videos that the first stream answers alone: it is sure, and by the map dominant (ours). ValueError on what are no probabilities, and on a share or a threshold that is none"
-    _checked_pair(p_first, p_first)
+    _checked_pair(p_first, p_first, names=("p_first", "p_first"))
     if not threshold >= 0: raise ValueError(f"threshold must be 0 or more, not {threshold}; above 1 never stops")
     sure = p_first.max(1).values.double() >= threshold
     if share is None: return sure
-    if share.shape != p_first.shape[1:] or not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"share must be ({p_first.shape[1]},) numbers in 0..1, not {tuple(share.shape)}; for the global stream pass 1 - map.share")
+    share = torch.as_tensor(share)
+    if share.shape != p_first.shape[1:]: raise ValueError(f"share must be ({p_first.shape[1]},) numbers in 0..1, not {tuple(share.shape)}; for the global stream pass 1 - map.share")
+    if not ((share >= 0) & (share <= 1)).all(): raise ValueError(f"share must lie in 0..1, found {float(share.min()):.3g}..{float(share.max()):.3g}; pass map.share and not map.logit_share, for the global stream 1 - map.share")
     return sure & (p_first @ share.to(p_first) >= least_share)
 
 # %% ../nbs/11_fusion.ipynb #163c8e6a
@@ -628,9 +637,9 @@ def early_exit(
     least_share: float = 0.5, # as in `may_stop`
 ) -> ExitCurve:
     "Accuracy and cost of stopping after the first stream where `may_stop` allows it (ours). ValueError"
-    _ready(p_first, p_fused, labels)
+    labels = _ready(p_first, p_fused, labels)[2].to(p_first.device)
     if len(costs) != 2 or not all(math.isfinite(c) and c > 0 for c in costs): raise ValueError(f"costs must be two positive numbers in GFLOPs (first, other stream), not {costs!r}")
-    confidence, right = p_first.max(1).values.cpu().double(), [((p >= p.gather(1, labels[:, None].long())).sum(1) == 1).cpu().double() for p in (p_first, p_fused)]      # a tie is not right
+    confidence, right = p_first.max(1).values.cpu().double(), [((p >= p.gather(1, labels[:, None])).sum(1) == 1).cpu().double() for p in (p_first, p_fused)]      # a tie is not right
     if thresholds is None: thresholds = confidence.quantile(torch.linspace(0, 1, 49, dtype=torch.float64)).unique().tolist()
     t = torch.as_tensor(thresholds, dtype=torch.float64).flatten()
     if not torch.isfinite(t).all() or (t < 0).any(): raise ValueError(f"thresholds must be finite and >= 0, found {t.tolist()[:5]}; a threshold above 1 never stops")

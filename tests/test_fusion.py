@@ -542,3 +542,39 @@ def test_apart_takes_as_many_folds_as_there_are_sources(count):
 def test_the_decomposition_refuses_what_is_not_finite():
     z = torch.zeros(2, 3).log_softmax(1); broken = z.clone(); broken[0, 0] = -torch.inf
     with pytest.raises(ValueError, match="log_p_global holds NaN or infinite"): ambiguity(z, broken, torch.zeros(2, dtype=torch.long), 1.)
+
+
+@pytest.mark.parametrize("make", [MeanFusion, ScalarFusion, lambda: AdaptiveFusion(torch.zeros(2)), lambda: ClassFusion(2), EntropyFusion, lambda: StackingFusion(2), lambda: GateFusion(2)])
+@pytest.mark.parametrize("given", [torch.eye(2).numpy(), torch.eye(2).tolist()], ids=["array", "list"])
+def test_every_fusion_says_that_it_takes_tensors(make, given):
+    for ask in (make(), make().weight):
+        with pytest.raises(TypeError, match="p_local is a .*fusions take tensors"): ask(given, given)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1, [0.5, 0.5], torch.full((2,), 0.5).numpy()])
+def test_a_weight_is_one_for_each_video(weight):
+    with pytest.raises(TypeError, match=f"weight is a {type(weight).__name__}; give one for each video"): fuse(torch.eye(2), torch.eye(2), weight)
+
+
+@pytest.mark.parametrize("given, error, message", [(torch.randn(5, 4), ValueError, "rows of p are not probabilities"), (torch.eye(3) * float("nan"), ValueError, "p holds NaN"), ([[1.0, 0.0]], TypeError, "p is a list"),
+                                                   (torch.eye(3)[:, None], ValueError, "shape .N, K.")])
+@pytest.mark.parametrize("kind", ["noise", "drop", "swap", "stuck"])
+def test_only_probabilities_are_damaged(given, error, message, kind):
+    "Logits came back as other numbers, without a word."
+    with pytest.raises(error, match=message): corrupt(given, kind, 1.0)
+
+
+def test_labels_may_be_a_list_wherever_fusions_are_compared(data):
+    m, gate, _ = data
+    sources = [str(i // 4) for i in range(len(gate[2]))]
+    for labels in (gate[2].tolist(), gate[2].numpy()):
+        assert torch.equal(cross_fit(ScalarFusion, *gate[:2], labels, sources), cross_fit(ScalarFusion, *gate, sources))
+        assert torch.equal(early_exit(*gate[:2], labels, (1., 2.)).accuracy, early_exit(*gate, (1., 2.)).accuracy)
+    with pytest.raises(TypeError, match="make is a fusion; give what makes one: ScalarFusion"): cross_fit(ScalarFusion(), *gate, sources)
+
+
+def test_a_share_may_be_a_list_and_is_no_log_odds(data):
+    m, gate, _ = data
+    assert torch.equal(may_stop(gate[0], 0.5, m.share.tolist()), may_stop(gate[0], 0.5, m.share.float()))
+    with pytest.raises(ValueError, match=r"share must lie in 0..1, found -.*pass map.share and not map.logit_share"): may_stop(gate[0], 0.5, m.logit_share)
+    with pytest.raises(TypeError, match="p_first is a list"): may_stop(gate[0].tolist(), 0.5)
