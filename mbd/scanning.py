@@ -68,6 +68,7 @@ def _serve():
     def reply(**answer): answers.write(json.dumps(answer) + "\n"); answers.flush()
     (module, name), patience = json.loads(sys.stdin.readline())
     function = getattr(importlib.import_module(module), name)
+    with contextlib.suppress(ImportError): video._av()      # now, and not in the time of the first file
     reply(ready=os.getpid())
     for line in sys.stdin:
         faulthandler.dump_traceback_later(patience, exit=True)

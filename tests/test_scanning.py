@@ -594,3 +594,12 @@ def test_one_file_is_no_list_of_letters(tmp_path, file):
     video.write_video(tmp_path / "a.mp4", film(6)); (tmp_path / "b.mp4").touch()
     report = check(tmp_path, files=file("a.mp4"))
     assert (report.found, report.readable) == (1, 1)
+
+
+def test_the_first_file_does_not_wait_for_the_decoder_to_be_loaded(tmp_path, monkeypatch):
+    "On a busy computer that took two seconds, and a short limit of time called a good file unreadable."
+    (tmp_path / "probe.py").write_text("import sys\ndef loaded(): return 'av' in sys.modules\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    helper = scanning._Helper(("probe", "loaded"), 60)
+    try: assert helper.ask() == {"value": True}
+    finally: helper.stop()
