@@ -96,10 +96,11 @@ def gradient_field(
     stage=None, # name of the map; None: the last
     position=None, # (t, h, w) in that map; None: its middle
 ) -> torch.Tensor: # (T, H, W), 0 where the position cannot see
-    "How strongly each pixel of the clip moves one position of a map: the size of the gradient, summed over colours. The stream is left as it was."
+    "How strongly each pixel of the clip moves one position of a map: the size of the gradient, summed over colours. The stream is left as it was. Raises ValueError for a stage it does not have."
     clip = clip.detach()[None].requires_grad_()
-    with evaluating(stream):
-        maps = stream(clip).stages                         # eval: while training, batch norm lets every pixel reach every other
+    with evaluating(stream), torch.enable_grad():          # eval: while training, batch norm lets every pixel reach every other
+        maps = stream(clip).stages
+        if stage is not None and stage not in maps: raise ValueError(f"the stream has no stage {stage!r}; {nearest(stage, list(maps))}")
         features = maps[stage or next(reversed(maps))]
         t, h, w = position or (n // 2 for n in features.shape[2:])
         seen, = torch.autograd.grad(features[0, :, t, h, w].sum(), clip)

@@ -377,7 +377,8 @@ def test_gradient_field_leaves_the_stream_as_it_was():
     seen = gradient_field(stream, x, "stage1", (2, 3, 4))
     assert seen.shape == (8, 24, 24) and seen.nonzero().amin(0).tolist() == [1, 5, 7] and seen.nonzero().amax(0).tolist() == [3, 7, 9]
     assert stream.training and not x.requires_grad and all(torch.equal(before[k], v) for k, v in stream.state_dict().items()) and all(p.grad is None for p in stream.parameters())
-    with pytest.raises(KeyError): gradient_field(stream, x, "stage9")
+    with torch.no_grad(): assert torch.equal(gradient_field(stream, x, "stage1", (2, 3, 4)), seen)
+    with pytest.raises(ValueError, match="the stream has no stage 'stage9'; .*valid: stage1, stage2, stage3, stage4"): gradient_field(stream, x, "stage9")
     assert stream.training
 
 
