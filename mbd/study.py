@@ -9,6 +9,7 @@ __all__ = ['Table', 'grid', 'run_cells', 'Contrast', 'contrast', 'seeds_needed',
 # %% ../nbs/16_study.ipynb #6509cf52
 import csv, itertools, math, os, time, tomllib
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 import numpy as np
 from . import evaluation, experiment
@@ -29,10 +30,14 @@ def _whole(file):
 
 # %% ../nbs/16_study.ipynb #92611603
 def _number(text):
-    for kind in (int, float):
+    for kind in () if "_" in text else (int, float):      # Python takes 1_0 for ten
         try: return kind(text)
         except ValueError: pass
     return text if text else None
+
+def _kept(value):
+    "A value as the file gives it back: there 1.0 is 1, and so is '1.00'."
+    return _cell(_number(_cell(value)))
 
 # %% ../nbs/16_study.ipynb #dc465a1a
 def _read(file):
@@ -70,7 +75,7 @@ class Table:
         "All rows of all processes: dicts, numbers as numbers."
         return [row for file in sorted(self.folder.glob("cells*.csv")) for row in _read(file)]
 
-    def named(self, row) -> tuple: return tuple(_cell(row[k]) for k in self.key)      # as in the file: there 1.0 is 1
+    def named(self, row) -> tuple: return tuple(_kept(row[k]) for k in self.key)
 
     def done(self) -> set: return {self.named(row) for row in self.rows()}
 
@@ -139,8 +144,14 @@ def _by_seed(rows, metric, name):
     seeds = [r["seed"] for r in rows]
     if (twice := sorted({s for s in seeds if seeds.count(s) > 1})): raise ValueError(f"{name!r} has several rows of seed {twice[0]}: say which are meant (where), or delete one")
     for r in rows:
-        if not math.isfinite(r[metric]): raise ValueError(f"{metric} of {name!r} is {r[metric]} for seed {r['seed']}: a training that diverged has no place in a mean; find out why, and say so")
+        if not (isinstance(r[metric], Real) and math.isfinite(r[metric])): raise ValueError(f"{metric} of {name!r} is {r[metric]} for seed {r['seed']}: a training that diverged has no place in a mean; find out why, and say so")
     return {r["seed"]: r[metric] for r in rows}
+
+def _check_asked(rows, columns, controls, who="", table="the table"):
+    "Raise ValueError where there is nothing to compare with, or a column is not there."
+    if isinstance(controls, (bool, str)) or not (isinstance(controls, Real) or controls): raise ValueError(f"{who}controls is {controls!r}; it must be a list of names, or a number")
+    for column in columns if rows else ():
+        if column not in rows[0]: raise ValueError(f"{who}{table} has no column {column!r}; columns are {', '.join(rows[0])}")
 
 def contrast(
     rows, # of a Table
@@ -151,11 +162,12 @@ def contrast(
     by="arm", # the column in which arm and controls are named
 ) -> Contrast | None: # None with fewer than two seeds
     "Paired differences over the seeds that all of them have. Raises ValueError for a column that is not there, a second row of a seed, or a value that is no number."
-    rows = [r for r in rows if all(_cell(r.get(k)) == _cell(v) for k, v in (where or {}).items())]
-    if rows and metric not in rows[0]: raise ValueError(f"there is no column {metric!r}; columns are {', '.join(rows[0])}")
-    of = lambda name: _by_seed([r for r in rows if r[by] == name and r[metric] is not None], metric, name)
+    where = where or {}
+    _check_asked(rows, (metric, by, *where), controls)
+    rows = [r for r in rows if all(_kept(r.get(k)) == _kept(v) for k, v in where.items())]
+    of = lambda name: _by_seed([r for r in rows if _kept(r[by]) == _kept(name) and r[metric] is not None], metric, name)
     mine = of(arm)
-    others = {str(controls): dict.fromkeys(mine, controls)} if isinstance(controls, (int, float)) else {name: of(name) for name in controls}
+    others = {str(controls): dict.fromkeys(mine, controls)} if isinstance(controls, Real) else {name: of(name) for name in controls}
     seeds = sorted(set(mine).intersection(*others.values()))
     if len(seeds) < 2: return None
     found = [_student([mine[s] - other[s] for s in seeds], name, len(others)) for name, other in others.items()]
@@ -175,8 +187,9 @@ def seeds_needed(
     alpha=.05, # two-sided
     least=8, # fewer are never taken
 ) -> int:
-    "Seeds for a paired comparison. Raises ValueError where 10,000 are too few."
+    "Seeds for a paired comparison. Raises ValueError on what are no such numbers, and where 10,000 are too few."
     if not effect > 0 or not sd >= 0: raise ValueError(f"effect = {effect} must be above 0 and sd = {sd} at least 0")
+    if not (0 < power < 1 and 0 < alpha < 1): raise ValueError(f"power = {power} and alpha = {alpha} are probabilities: above 0 and below 1")
     n = 2
     while n < 10_000 and sd > 0 and _power(n, effect, sd, alpha) < power: n += 1
     if n == 10_000: raise ValueError(f"effect = {effect} is too small beside sd = {sd}: 10,000 seeds would not show it; make the world clearer, or the test list longer")
@@ -200,14 +213,21 @@ class Claim:
     where: dict = field(default_factory=dict)  # {column: value} that a row must have
     by: str = "arm"   # column in which arm and controls are named
 
+    def __post_init__(self):
+        for name, kind, words in (("seeds", int, "a whole number"), ("effect", Real, "a number")):
+            if not isinstance(getattr(self, name), kind): raise TypeError(f"{name} is {getattr(self, name)!r}; it must be {words}, without quotes")
+
 # %% ../nbs/16_study.ipynb #949181cc
 def read_claims(
     file, # claims.toml
 ) -> list:
     "The claims of a file. Raises ValueError naming the file and the claim."
-    with open(file, "rb") as f: found = tomllib.load(f).get("claim", [])
+    try:
+        with open(file, "rb") as f: found = tomllib.load(f)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error: raise ValueError(f"{file} is no TOML: {error}") from None
+    if set(found) - {"claim"} or not isinstance(found.get("claim", []), list): raise ValueError(f"{file} has {', '.join(found)}; write [[claim]], in two brackets, above each claim, and nothing else")
     claims = []
-    for entry in found:
+    for entry in found.get("claim", []):
         try: claims.append(Claim(**entry))
         except TypeError as error: raise ValueError(f"{file}, claim {entry.get('id', '?')!r}: {str(error).replace('Claim.__init__()', 'it')}") from None
     ids = [c.id for c in claims]
@@ -217,9 +237,7 @@ def read_claims(
 # %% ../nbs/16_study.ipynb #f3306149
 def _check_names(claim, rows, known):
     "Raise ValueError where a claim names a column that its table lacks, or an arm or setting that neither its table nor its study has: it would wait for its seeds for ever."
-    if not isinstance(claim.controls, (list, int, float)) or isinstance(claim.controls, bool): raise ValueError(f"claim {claim.id!r}: controls is {claim.controls!r}; it must be a list of names, or a number")
-    for column in (claim.by, *claim.where) if rows else ():
-        if column not in rows[0]: raise ValueError(f"claim {claim.id!r}: {claim.study} has no column {column!r}; columns are {', '.join(rows[0])}")
+    _check_asked(rows, (claim.metric, claim.by, *claim.where), claim.controls, f"claim {claim.id!r}: ", claim.study)
     named = [(claim.by, name) for name in (claim.arm, *(claim.controls if isinstance(claim.controls, list) else ()))]
     for column, name in (item for item in named + [*claim.where.items()] if item[0] in known):      # of a study that nobody describes, any arm may be still to come
         there = list(dict.fromkeys([*known[column], *(r[column] for r in rows)]))

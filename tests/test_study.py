@@ -109,6 +109,18 @@ def test_seeds_count_only_where_all_arms_have_them():
     with pytest.raises(ValueError, match="no column 'accuracy'"): contrast(r, "accuracy", "b", ["a"])
 
 
+@pytest.mark.parametrize("asked, words", [(dict(by="arms"), "no column 'arms'; columns are arm, seed"), (dict(where={"labeled": 20}), "no column 'labeled'"), (dict(controls="a"), "controls is 'a'; it must be a list of names"),
+                                          (dict(controls=[]), r"controls is \[\]; it must be"), (dict(controls=None), "controls is None"), (dict(metric="arm"), "arm of 'b' is b for seed 0")])
+def test_a_contrast_that_compares_nothing_is_refused(asked, words):
+    with pytest.raises(ValueError, match=words): contrast(**dict(rows=rows(), metric="top1", arm="b", controls=["a"]) | asked)
+    assert contrast(rows(), "top1", "b", np.float32(.5)).n == 12
+
+
+@pytest.mark.parametrize("asked", [dict(power=80), dict(alpha=5), dict(power=1.)])
+def test_percentages_are_no_probabilities(asked):
+    with pytest.raises(ValueError, match="probabilities"): seeds_needed(.01, .02, **asked)
+
+
 def test_power_by_simulation():
     n = seeds_needed(.01, .012, least=2)
     from scipy import stats
@@ -147,6 +159,10 @@ def test_claims_are_read_and_faults_named(tmp_path):
     with pytest.raises(ValueError, match="claims.toml.*two claims have the id 'one'"): read_claims(file)
     file.write_text(entry.format("one") + "wish = 1\n")
     with pytest.raises(ValueError, match="claims.toml, claim 'one'.*wish"): read_claims(file)
+    for text, words in ((entry.format("one").replace("= 8", "= '8'"), "claim 'one': seeds is '8'; it must be a whole number, without quotes"), (entry.format("one").replace("[[claim]]", "[claim]"), r"has claim; write \[\[claim\]\], in two brackets"),
+                        (entry.format("one").replace("claim", "clam"), r"has clam; write \[\[claim\]\]"), ("[[claim]]\nid = \n", "is no TOML: .*line 2"), ("id = 'é'", "is no TOML: .*0xe9")):
+        file.write_bytes(text.encode("latin1"))
+        with pytest.raises(ValueError, match=f"claims.toml.*{words}"): read_claims(file)
 
 
 def test_cells_with_numbers_for_names_are_found_again(tmp_path):
@@ -155,6 +171,9 @@ def test_cells_with_numbers_for_names_are_found_again(tmp_path):
     table = Table(tmp_path / "b", ("seed", "arm", "sure"))
     for seed in (1, 2, 3): [table.add(seed=seed, arm=arm, sure=True, top1=.5 + .1*(arm == "b")*seed) for arm in "ab"]
     assert contrast(table.rows(), "top1", "b", ["a"], where={"sure": True}).n == 3
+    table, cells = Table(tmp_path / "c", ("seed", "weight")), grid((1, 2), weight=("0.10", "1_0", "007", "10"))      # texts that Python reads as numbers
+    assert [run_cells(table, cells, lambda seed, weight: dict(top1=.5)) for _ in range(2)] == [8, 0]
+    assert contrast(table.rows(), "top1", "0.10", ["1_0", "007"], by="weight").n == 2
 
 
 def test_a_contrast_refuses_rows_that_would_be_overwritten_and_values_that_are_none():
