@@ -437,6 +437,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbd.evaluation._by': ('evaluation.html#_by', 'mbd/evaluation.py'),
                                 'mbd.evaluation._checked': ('evaluation.html#_checked', 'mbd/evaluation.py'),
                                 'mbd.evaluation._methods': ('evaluation.html#_methods', 'mbd/evaluation.py'),
+                                'mbd.evaluation._named': ('evaluation.html#_named', 'mbd/evaluation.py'),
                                 'mbd.evaluation.agreement': ('evaluation.html#agreement', 'mbd/evaluation.py'),
                                 'mbd.evaluation.average_views': ('evaluation.html#average_views', 'mbd/evaluation.py'),
                                 'mbd.evaluation.by_group': ('evaluation.html#by_group', 'mbd/evaluation.py'),

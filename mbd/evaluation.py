@@ -11,10 +11,14 @@ __all__ = ['top_k_correct', 'average_views', 'describe_protocol', 'intervals', '
 import numpy as np
 import torch
 
+from .dominance import source_names
+
 # %% ../nbs/14_evaluation.ipynb #99ac3350
 def _array(x):
-    "A numpy array of a tensor, a list or an array."
-    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+    "A numpy array of a tensor, a list or an array; bfloat16, which numpy lacks, as float32."
+    if not isinstance(x, torch.Tensor):
+        return np.asarray(x)
+    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
 
 
 def _checked(probabilities, labels):
@@ -28,7 +32,7 @@ def _checked(probabilities, labels):
         raise ValueError(f"labels go from {y.min()} to {y.max()}, but there are {p.shape[1]} classes")
     if not np.isfinite(p).all():
         raise ValueError(f"probabilities of {int((~np.isfinite(p)).any(1).sum())} of {len(p)} videos are not finite")
-    if p.min() < -1e-6 or np.abs(p.sum(1) - 1).max() > 1e-3:
+    if p.min() < -1e-6 or np.abs(p.sum(1) - 1).max() > 1e-2:      # of bfloat16 they do so to two or three digits
         raise ValueError("rows are not probabilities: they must be at least 0 and sum to 1 (are these logits?)")
     return p, y
 
@@ -74,6 +78,16 @@ def describe_protocol(
             f"local: {view(protocol['local'])}; global: {view(protocol['global'])}; accuracy over videos")
 
 # %% ../nbs/14_evaluation.ipynb #2d79508e
+def _named(sources, videos):
+    "Sources (videos,) as an array. Raises ValueError for another number of them, or where one is missing: all without would count as one source."
+    names = np.arange(videos) if sources is None else _array(sources)
+    if names.shape != (videos,):
+        raise ValueError(f"{videos} videos need as many sources, got {names.shape}")
+    if names.dtype.kind not in "iu":
+        source_names(sources)
+    return names
+
+
 def intervals(
     values,  # (N, M) for each video, M quantities
     sources,  # (N,) the source of each video; None: every video is its own
@@ -87,10 +101,9 @@ def intervals(
         raise ValueError(f"values must be (N, M) with at least one video, got {values.shape}")
     if not np.isfinite(values).all():
         raise ValueError("values are not finite")
-    names = np.arange(len(values)) if sources is None else _array(sources)
-    if names.shape != (len(values),):
-        raise ValueError(f"{len(values)} videos need as many sources, got {names.shape}")
-    _, which = np.unique(names, return_inverse=True)
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, and resamples be at least 1, not {confidence} and {resamples}")
+    _, which = np.unique(_named(sources, len(values)), return_inverse=True)
     S = int(which.max()) + 1
     if S < 2:
         raise ValueError("one source only: nothing can be said about others; an interval needs at least two")
@@ -196,8 +209,8 @@ def _by(bins, correct, sources, options):
         values = np.stack([_array(c)[mine] for c in correct.values()], 1).astype(np.float64)
         mean, entry = values.mean(0), {"videos": int(mine.sum())}
         entry["top1"] = dict(zip(correct, mean.tolist()))
-        own = None if sources is None else _array(sources)[mine]
-        if len(np.unique(own)) > 1 if own is not None else mine.sum() > 1:
+        own = _named(sources, len(mine))[mine]
+        if len(np.unique(own)) > 1:
             _, low, high = intervals(values, own, **options)
             entry["top1_interval"] = {m: [float(l), float(h)] for m, l, h in zip(correct, low, high)}
         result[name] = entry
@@ -229,8 +242,8 @@ def by_length(
 ) -> dict:
     "{'shortest-longest': {videos, top1, top1_interval}} for bins of video length, in frames."
     lengths = _array(lengths)
-    if lengths.ndim != 1 or not lengths.size or lengths.min() <= 0:
-        raise ValueError("lengths must be a positive number of frames for every video")
+    if lengths.ndim != 1 or not lengths.size or lengths.min() <= 0 or (lengths % 1).any():
+        raise ValueError("lengths must be a positive, whole number of frames for every video")
     edges = np.quantile(lengths, [0.25, 0.5, 0.75]) if edges is None else np.asarray(edges)
     bins = {}
     which = np.searchsorted(np.unique(edges), lengths, side="left")

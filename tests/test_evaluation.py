@@ -109,10 +109,32 @@ def test_interval_does_not_depend_on_the_order_of_videos():
 
 @pytest.mark.parametrize("values, sources, words", [
     ([1.0, np.nan], ["a", "b"], "finite"), ([], [], "at least one"), ([1, 0], ["a", "a"], "one source"), ([1, 0], ["a"], "as many sources"),
+    ([1, 0, 1], ["a", np.nan, np.nan], "video 1 of 3 has no source"), ([1, 0, 1], [None, "a", "b"], "video 0 of 3 has no source"), ([1, 0, 1], np.array([1, 2, np.nan]), "video 2 of 3 has no source"),
 ])
 def test_interval_refuses(values, sources, words):
     with pytest.raises(ValueError, match=words):
         ev.interval(np.array(values, float), sources)
+
+
+@pytest.mark.parametrize("options", [dict(confidence=95), dict(confidence=0.0), dict(resamples=0)])
+def test_intervals_name_the_confidence_and_resamples_they_refuse(options):
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, and resamples be at least 1, not"):
+        ev.interval([1, 0], ["a", "b"], **options)
+
+
+def test_bins_refuse_missing_sources_and_lengths_that_are_no_frames():
+    for bins in (lambda s: ev.by_group({"m": [1, 0]}, [0, 0], [1], s), lambda s: ev.by_length({"m": [1, 0]}, [9, 9], s)):
+        with pytest.raises(ValueError, match="video 1 of 2 has no source"):
+            bins(["a", np.nan])
+    with pytest.raises(ValueError, match="whole number of frames"):      # two bins of seconds would both be called 1-1
+        ev.by_length({"m": [1, 0]}, [1.2, 1.8], None)
+
+
+def test_answers_in_half_precision_are_scored():
+    p, y = torch.randn(50, 400, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1), torch.arange(50)
+    for q in (p.half(), p.bfloat16()):
+        assert ev.top_k_correct(q, y, 5).sum() <= (q >= q.gather(1, y[:, None])).sum(1).le(5).sum() and ev.confusion(q, y).sum() == 50
+        assert ev.interval(q[:, 0], None)[0] == pytest.approx(float(q[:, 0].double().mean()))
 
 
 def test_paired_difference_sees_what_two_intervals_cannot():
