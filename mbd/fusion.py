@@ -291,7 +291,7 @@ def _regression_losses(x, y, matrix, bias):
 
 def _log_linear_pool(x, y, seen):
     "[matrix (F, 2K, K), bias (F, 1, K)] of the pools alpha log p_L + beta log p_G, their numbers fitted on the videos that seen (F, N) counts"
-    eye = torch.eye(x.shape[1] // 2)
+    eye = torch.eye(x.shape[1] // 2).to(x)
     pool = lambda t: [torch.cat([t[:, 0] * eye, t[:, 1] * eye], 1), x.new_zeros(len(t), 1, len(eye))]
     objective = lambda t: (_regression_losses(x, y, *pool(t)) * seen).sum() + 0.05 * (t - 0.5).square().sum()
     return pool(_minimise(objective, [x.new_full((len(seen), 2, 1, 1), 0.5)], 20)[0])
@@ -452,10 +452,10 @@ def _mix_features(x, cut, project_local, project_global, head, head_bias, gate, 
 # %% ../nbs/11_fusion.ipynb #4fd6748f
 def _damage_embeddings(x, cut, draw):
     "A third of the videos lose a stream, a third get noise in one, a third stay"
-    which, side, level = torch.rand(3, len(x), 1, generator=draw)
+    which, side, level = torch.rand(3, len(x), 1, generator=draw, dtype=x.dtype)
     mine = (torch.arange(x.shape[1]) < cut) == (side < 0.5)
     out, noisy = torch.where((which < 1 / 3) & mine, 0.0, x), ((which >= 1 / 3) & (which < 2 / 3))[:, 0]
-    out[noisy] += (mine * 2 * level)[noisy] * torch.randn(int(noisy.sum()), x.shape[1], generator=draw)
+    out[noisy] += (mine * 2 * level)[noisy] * torch.randn(int(noisy.sum()), x.shape[1], generator=draw, dtype=x.dtype)
     return out
 
 # %% ../nbs/11_fusion.ipynb #779527d4
@@ -507,7 +507,7 @@ class FeatureFusion(MeanFusion):
         centre, scale = x.mean(0), x.std(0, correction=0)
         scale = torch.where(scale > 1e-6 * (1 + centre.abs()), scale, 1.0)             # a column that never changes
         x, cut, shapes = (x - centre) / scale, self.config["local_dim"], [getattr(self, name).shape for name in self.learnt]
-        values = [torch.randn(s, generator=draw) / s[0] ** 0.5 if len(s) == 2 else torch.zeros(s) for s in shapes]
+        values = [torch.randn(s, generator=draw, dtype=x.dtype) / s[0] ** 0.5 if len(s) == 2 else x.new_zeros(s) for s in shapes]
         optimizer = torch.optim.AdamW([v.requires_grad_() for v in values], lr=0.02, weight_decay=decay, fused=True)
         with torch.enable_grad():
             for _ in range(steps):
@@ -543,7 +543,7 @@ def cross_fit(
     if isinstance(make, nn.Module): raise TypeError(f"make is a fusion; give what makes one: {type(make).__name__}, or lambda: {type(make).__name__}(...)")
     labels = torch.as_tensor(labels)
     if not len(first) == len(second) == len(labels): raise ValueError(f"{len(first)} and {len(second)} answers for {len(labels)} labels; give the same videos")
-    names = np.asarray(source_names(sources))
+    names, labels = np.asarray(source_names(sources)), torch.as_tensor(labels)
     fold = source_folds(labels, names, min(folds, max(2, len(set(names.tolist())))), seed).to(first.device)
     parts, rows = [], []
     for f in fold.unique():

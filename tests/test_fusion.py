@@ -143,6 +143,23 @@ def test_arrays_are_named_where_tensors_are_needed_and_taken_as_labels(fusion):
     for labels in (y.numpy(), y.tolist()): assert all(torch.equal(v, wanted[n]) for n, v in fusion.fit(p, p, labels).state_dict().items())
 
 
+def test_arrays_and_lists_are_taken_as_labels_by_cross_fitting_and_early_exit_too(data):
+    _, (p, q, y), _ = data
+    p, q, y = p[::9], q[::9], y[::9]
+    fitted = lambda labels: (cross_fit(ScalarFusion, p, q, labels, range(len(p)), 3), early_exit(p, q, labels, (1., 2.)).accuracy)
+    for labels in (y.numpy(), y.tolist(), y.to(torch.int16)): assert all(map(torch.equal, fitted(labels), fitted(y)))
+
+
+@pytest.mark.parametrize("make, width", [(lambda: StackingFusion(3), 3), (lambda: FeatureFusion(5, 5, 3), 5)])
+def test_a_program_that_computes_in_float64_by_default_fits_the_same(make, width):
+    p, q, y = torch.rand(12, width).softmax(1), torch.rand(12, width).softmax(1), torch.arange(12) % 3
+    wanted = make().fit(p, q, y).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try: found = make().fit(p, q, y).state_dict()
+    finally: torch.set_default_dtype(torch.float32)
+    assert all(torch.allclose(found[n].float(), v, atol=1e-5) for n, v in wanted.items())
+
+
 def test_adaptive_asks_for_the_shares_of_a_map(data):
     with pytest.raises(TypeError, match="logit_share is a DominanceMap; of a DominanceMap give map.logit_share"): AdaptiveFusion(data[0])
 
