@@ -38,10 +38,11 @@ def count_views(
     videos: dict, # part -> number of its videos
     parameters, # of the run, by attribute
 ) -> int:
-    "Clips that both streams answer: map (before and after), gate and test, of the model and its control, and the probes of order."
+    "Clips that both streams answer: map (before and after), gate and test, of the model and its control, and the probes of order; gate once more for the fusion as a teacher, and after each epoch where that is asked for."
     p, models = parameters, 1 + bool(parameters.control)
     views = lambda name: math.prod(clips.protocol(name))
-    main = views(p.protocol)*(videos["map"]*(1 + models) + (videos["gate"] + videos["test"])*models)
+    gates = models + (p.lesson == "fused") + p.validate*(p.warm_up_epochs + p.distil_epochs*models)
+    main = views(p.protocol)*(videos["map"]*(1 + models) + videos["gate"]*gates + videos["test"]*models)
     return main + videos["test"]*(len(ORDERS) + (views(p.also) if p.also != "none" else 0))
 
 # %% ../nbs/16_plan.ipynb #59150e92

@@ -30,7 +30,7 @@ def test_the_steps_are_those_that_are_taken(schedule):
     assert len(rows) == 1 + 2*(3 + 2 + 2) and record["plan"]["seconds"] > 0 and record["plan"]["memory_gib"] > 0
 
 
-@pytest.mark.parametrize("more", [dict(), dict(protocol="2x3", also="1x3", control=False)])
+@pytest.mark.parametrize("more", [dict(), dict(protocol="2x3", also="1x3", control=False), dict(validate=True, lesson="fused", intermediate_weight=0.)])
 def test_the_clips_are_those_that_are_answered(schedule, monkeypatch, more):
     from mbd import training
     s, answered, inner = schedule(**more), [], training.predict
