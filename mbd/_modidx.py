@@ -1345,6 +1345,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbd.training._at_once': ('training.html#_at_once', 'mbd/training.py'),
                               'mbd.training._autocast': ('training.html#_autocast', 'mbd/training.py'),
                               'mbd.training._carry': ('training.html#_carry', 'mbd/training.py'),
+                              'mbd.training._check_answered': ('training.html#_check_answered', 'mbd/training.py'),
                               'mbd.training._check_given': ('training.html#_check_given', 'mbd/training.py'),
                               'mbd.training._check_split': ('training.html#_check_split', 'mbd/training.py'),
                               'mbd.training._check_views': ('training.html#_check_views', 'mbd/training.py'),

@@ -143,7 +143,7 @@ class _Teaching:
         "Projections between the stages that an example batch shows."
         first = next(self.streams["local"].parameters())
         outputs = [stream.eval()(example[key].to(first.device, first.dtype)) for stream, key in zip(self.streams.values(), ("local", "global_"))]
-        return Projections(self.config.intermediate, *outputs, seed=seed).to(first.device, first.dtype)
+        return Projections(self.config.intermediate, *outputs, seed=seed).to(first.device, torch.promote_types(first.dtype, torch.float32))      # what they read is in float32 or better
 
     def terms(self, each, batch, views, ends, mixture, gather=None):
         "The terms of the loss, and which videos are taught (see `distillation_terms`)."
@@ -448,6 +448,11 @@ def _check_views(model, data):
         odd = [n for n, v in asdict(own).items() if isinstance(given, View) and getattr(given, n) != v]
         if odd: raise ValueError(f"the {name} clips are cut with {', '.join(f'{n} = {getattr(given, n)}' for n in odd)}, and the model's {name} view has {', '.join(f'{n} = {getattr(own, n)}' for n in odd)}: build the ClipDataset with model.local_view and model.global_view")
 
+def _check_answered(model, data):
+    "Raise ValueError for data that are not for answers of this model."
+    if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
+    _check_views(model, data)
+
 def _check_given(model, data, settings, stage, distillation):
     "Raise TypeError for arguments in each other's places, ValueError for data that are not for training this model."
     for name, value, kind in (("settings", settings, Training), ("stage", stage, str), ("distillation", distillation, (Distillation, type(None)))):
@@ -474,6 +479,7 @@ def train(
     """One stage of training, in every process that was launched. Raises ValueError if there is no map to teach by or the data are not for this model, FloatingPointError where too many
     steps in a row are not finite, CheckpointError where a checkpoint is of another stage, and Stopped after a signal to stop, when it has saved."""
     _check_given(model, data, settings, stage, distillation)
+    if validate is not None: _check_answered(model, validate)
     rank, world = devices.processes()
     each_epoch = _steps_an_epoch(data, settings, world); steps = settings.epochs*each_epoch
     if distillation is not None and distillation.arm == "none": distillation = None
@@ -646,8 +652,7 @@ def predict(
 ) -> Predictions:
     """Logits of both streams for every view of every video, each video exactly once: in several processes each reads its stretch of them, and all get the whole.
     Videos that cannot be read are left out; they stand in `data.failures`. Raises ValueError for data that are not cut as the model's streams look."""
-    if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
-    _check_views(model, data)
+    _check_answered(model, data)
     (rank, world), first, device = devices.processes(), next(model.parameters()), next(model.parameters()).device
     begin, end = (len(data.records)*r // world for r in (rank, rank + 1))      # the videos that this process answers
     out, number, found, about = None, 0, None, checkpoints and _about(model, data, Training(), stage, None, None) | {"clips": data.clips, "crops": data.crops, "batch_size": batch_size, "processes": world}
@@ -684,7 +689,8 @@ def _collected(out, data, world):
     if world > 1:
         for failures in devices.gather(data.failures): data.failures.update(failures)
     read = [i for i, record in enumerate(data.records) if record.id not in data.failures]
-    if not read or out is None: raise ValueError(f"none of {len(data.records)} videos could be read; the first: {next(iter(data.failures.items()), None)}")
+    if not read: raise ValueError(f"none of {len(data.records)} videos could be read; the first: {next(iter(data.failures.items()), None)}")
+    if not devices.everyone(out is not None): raise ValueError(f"{len(read)} videos that could be read are too few for {world} processes, of which one had none to answer: start fewer")
     if world > 1: out = {name: devices.gather_rows(value) for name, value in out.items()}
     return Predictions(out["local"][read], out["global_"][read], data.labels[read], [data.sources[i] for i in read], [data.records[i].id for i in read], (out["local embedding"][read], out["global_ embedding"][read]))
 
@@ -694,7 +700,7 @@ def calibrate(
     temperature, # (2,), of the local and the global stream
 ) -> tuple: # two tensors (N, K), float64
     "Calibrated log-probabilities of both streams, views averaged."
-    return tuple(average_views(logits / t) for logits, t in zip((predictions.local, predictions.global_), temperature.cpu()))
+    return tuple(average_views(logits / t) for logits, t in zip((predictions.local, predictions.global_), torch.as_tensor(temperature).cpu()))
 
 # %% ../nbs/13_training.ipynb #9c6b8393
 def _refuse_seen(model, data, what):

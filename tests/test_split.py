@@ -74,6 +74,16 @@ def test_each_video_is_answered_once_and_all_processes_know_all(clips, count):
     assert one[3]["n"] == two[0][3]["n"] and one[4] == pytest.approx(two[0][4], abs=1e-3) and one[3]["share"] == pytest.approx(two[0][3]["share"], abs=1e-4)
 
 
+def answer_few(count):
+    try: return len(answer(1, count)[0])
+    except ValueError as error: return str(error)
+
+
+def test_more_processes_than_videos_are_told_so_in_all_of_them():
+    said = devices.launch(answer_few, (1,), 2, "cpu")
+    assert said[0] == said[1] == "1 videos that could be read are too few for 2 processes, of which one had none to answer: start fewer"
+
+
 def resume(settings, folder, stop, count=None):
     from mbd.checkpoints import Checkpoints
     model, data_ = make().double(), data() if count is None else data(count=count)

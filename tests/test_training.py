@@ -563,6 +563,8 @@ def test_predictions_cover_each_video_once(clips, batch):
 
 
 def test_views_are_averaged_as_calibrated_probabilities():
+    answers = predict(make(), data(False))
+    for temperature in ([2., .5], np.array([2., .5])): assert all(map(torch.equal, calibrate(answers, temperature), calibrate(answers, torch.tensor([2., .5]))))
     answers = predict(make(), data(False, clips=3))
     for z, raw, t in zip(calibrate(answers, torch.tensor([2., .5])), (answers.local, answers.global_), (2., .5)):
         assert z.shape == (24, 3) and z.dtype == torch.float64 and torch.allclose(z.exp(), (raw.double() / t).softmax(2).mean(1)) and torch.allclose(z.exp().sum(1), torch.ones(24).double())
@@ -570,6 +572,15 @@ def test_views_are_averaged_as_calibrated_probabilities():
 
 def test_random_cuts_are_no_test():
     with pytest.raises(ValueError, match="train=False"): predict(make(), data(True))
+    steps = []
+    with pytest.raises(ValueError, match="train=False"): trained(validate=data(True), progress=lambda *at: steps.append(at))
+    assert not steps                                          # before the first epoch, not after it
+
+
+@pytest.mark.parametrize("intermediate", ["logit", "hint"])
+def test_projections_learn_beside_a_model_in_bfloat16(intermediate):
+    rows = trained(distillation=replace(TEACH, intermediate=intermediate, arm="both"), change=lambda model: model.bfloat16())[1]
+    assert all(math.isfinite(r["loss"]) and r["skipped"] == 0 and r["intermediate_to_local"] > 0 for r in rows)
 
 
 def test_the_map_is_measured_and_the_temperatures_with_it():
