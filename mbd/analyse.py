@@ -98,7 +98,7 @@ def _text(path, name, column, length):
     "A column (length,) as text, loaded."
     if column.shape != (length,): _refuse(path, f"{name} has shape {column.shape}, the logits have {length:,} rows", f"save one of {name} a row")
     if column.nbytes > 2**32: _refuse(path, f"{name} takes {column.nbytes:,} bytes", f"shorten {name}")
-    if column.dtype.kind not in "USiu": _refuse(path, f"{name} is of type {column.dtype}", f"save text, as {name}.astype(str)")
+    if column.dtype.kind not in "USiu": _refuse(path, f"{name} is of type {column.dtype}", "save whole numbers, as labels.astype(int), or class names" if name == "labels" else f"save text, as {name}.astype(str)")
     try: return np.char.decode(column, "utf-8") if column.dtype.kind == "S" else np.array(column).astype(str)
     except UnicodeDecodeError as error: _refuse(path, f"{name} is no text in UTF-8 ({error})", "save text")
 
@@ -157,9 +157,10 @@ def _check_numbers(p, tick):
         with np.errstate(all="ignore"): off = max(off, np.abs(z.sum(1) - 1).max())
         tick(len(index))
     if bad: _refuse(p.path, f"logits of {bad:,} videos are NaN or infinite, first row {p.rows[first]} (id {str(p.ids[first])!r})", "leave these videos out of both files, or store log-probabilities with a floor such as -30")
+    who = p.name or Path(p.path).name      # files get their names later
     p.probabilities = bool(low >= 0 and off <= 2e-3)
-    if p.probabilities: p.notes.append(f"{p.name}: the file holds probabilities; their logarithm was taken")
-    elif low >= 0 and high <= 1: p.notes.append(f"{p.name}: all values lie in 0..1 and the rows do not sum to 1; they were taken as logits")
+    if p.probabilities: p.notes.append(f"{who}: the file holds probabilities; their logarithm was taken")
+    elif low >= 0 and high <= 1: p.notes.append(f"{who}: all values lie in 0..1 and the rows do not sum to 1; they were taken as logits")
 
 # %% ../nbs/analyse.ipynb #7e7627b5
 def _as_predictions(path, name, columns, logits, rows, home):
@@ -468,6 +469,7 @@ def analyse(
         state.done += videos
         if progress and state.total: progress(state.done, state.total)
     if costs is not None and not (len(costs) == 2 and all(math.isfinite(c) and c > 0 for c in costs)): raise ValueError(f"costs must be two numbers of GFLOPs above 0, not {costs!r}")
+    if isinstance(names, str) or names is not None and len(names) != 2: raise ValueError(f"names must be two, of the first and of the second model, not {names!r}; None for one of them takes that of its file")
     if folds < 2: raise ValueError(f"folds must be at least 2, not {folds}")
     if most < 100: raise ValueError(f"most must be at least 100 videos, not {most}")
     if second is not None and Path(first).exists() and Path(second).exists() and Path(first).samefile(second): raise ValueError(f"both files are {first}: a model compared with itself; give the second model's file, or this one alone if it holds both")

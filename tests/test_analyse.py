@@ -68,7 +68,7 @@ def test_a_bad_csv_file_is_refused_with_its_line(tmp_path, text, said):
     ({"ids": None}, "there is no ids"), ({"labels": None}, "there is no labels"), ({"logits": None}, "logits found: none"), ({"local_logits": np.zeros((60, 4))}, "logits found: logits, local_logits"),
     ({"logits": np.zeros((60, 2, 4))}, "average the views"), ({"logits": np.zeros((60, 1))}, "at least two classes"), ({"logits": np.zeros((60, 4), int)}, "int64"), ({"logits": np.zeros((0, 4))}, "no videos"),
     ({"ids": np.array(["v"] * 59)}, "ids has shape (59,), the logits have 60 rows"), ({"labels": np.zeros(59, int)}, "labels has shape (59,)"), ({"labels": np.arange(60) % 4 + 1}, "label 4 (id 'v0003') is not in 0..3"),
-    ({"labels": np.full(60, -1)}, "label -1"), ({"labels": np.full(60, 0.5)}, "type float64"), ({"labels": np.array(["a"] * 60)}, "not among the classes"), ({"ids": np.array([{}] * 60)}, "Python objects"),
+    ({"labels": np.full(60, -1)}, "label -1"), ({"labels": np.full(60, 0.5)}, "type float64; save whole numbers, as labels.astype(int), or class names"), ({"ids": np.arange(60.)}, "type float64; save text, as ids.astype(str)"), ({"labels": np.array(["a"] * 60)}, "not among the classes"), ({"ids": np.array([{}] * 60)}, "Python objects"),
     ({"sources": np.array([""] + ["s"] * 59)}, "source of 'v0000' is empty"), ({"classes": np.array(list("abc"))}, "classes has shape (3,)"), ({"classes": np.array(list("abca"))}, "class names repeat"),
     ({"part": np.array(["gate"] * 60)}, "parts are 'gate'"),
 ])
@@ -174,6 +174,10 @@ def test_one_file_or_two(tmp_path):
     with pytest.raises(A.PredictionError, match="20 sources in 60 videos, for 20 folds"): A.analyse(both, folds=20)
     with pytest.raises(ValueError, match="single.npz: a model compared with itself"): A.analyse(single, f"{tmp_path}/./single.npz")
     with pytest.raises(ValueError, match="costs"): A.analyse(both, costs=(1.0, 0.0))
+    for names in (("x",), ("x", "y", "z"), "xy"):
+        with pytest.raises(ValueError, match="names must be two"): A.analyse(both, names=names)
+    softmax = written(tmp_path / "soft.npz", **c, logits=torch.from_numpy(z).softmax(1).numpy())
+    assert A._read_pair(single, softmax, None, "test", lambda videos: None).notes[0] == "soft.npz: the file holds probabilities; their logarithm was taken"
 
 
 # ---- the analysis
