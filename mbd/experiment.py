@@ -501,7 +501,7 @@ def _fill(values, experiment, settings, device) -> SimpleNamespace:
     known = {**preset, "precision": settings.precision, "workers": settings.workers, "reports": str(settings.reports)}
     if values["data"] == "real":
         known["read"] = "files"  # whole videos of a benchmark take more memory than those that are generated
-    values = {n: known.get(n) if v is None or (n, v) == ("precision", "auto") else v for n, v in values.items()} | {"device": device}
+    values = {n: known.get(n) if v is None or (n, v) in (("precision", "auto"), ("reports", "")) else v for n, v in values.items()} | {"device": device}
     for name in {"reports", "local_weights", "global_weights"} & set(values):
         values[name] = values[name] and str(Path(values[name]).expanduser())
     _check_generated(values)

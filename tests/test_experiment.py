@@ -545,6 +545,7 @@ def test_real_videos_are_read_from_their_files_unless_asked_otherwise_and_home_i
     of = lambda **given: ex.parameters_of("ucf101", {"preset": "mini"} | given, settings(tmp_path, data={"ucf101": tmp_path}))[0]
     assert [of(data=data).read for data in ("generated", "real")] == ["memory", "files"] and of(data="real", read="memory").read == "memory"
     assert of(reports="~/runs").reports == str(tmp_path / "runs")
+    assert of(reports="").reports == of().reports != ""      # as in settings.ini: not the folder one happens to be in
 
 
 # ---- a notebook under papermill
