@@ -438,6 +438,7 @@ def _cascade(exits, costs):
 # %% ../nbs/analyse.ipynb #1340f996
 def _read_pair(first, second, names, part, tick):
     "Both models of one file or two, matched and named."
+    if isinstance(names, str) or names is not None and len(names) != 2: raise ValueError(f"names must be two, of the first and of the second model, not {names!r}; None for one of them takes that of its file")
     files = [read(path, part, "", tick) for path in (first, second) if path is not None]
     if second is not None and max(map(len, files)) > 1: _refuse(first if len(files[0]) > 1 else second, "the file holds two models", "give it alone")
     models = [p for file in files for p in file]
@@ -469,7 +470,6 @@ def analyse(
         state.done += videos
         if progress and state.total: progress(state.done, state.total)
     if costs is not None and not (len(costs) == 2 and all(math.isfinite(c) and c > 0 for c in costs)): raise ValueError(f"costs must be two numbers of GFLOPs above 0, not {costs!r}")
-    if isinstance(names, str) or names is not None and len(names) != 2: raise ValueError(f"names must be two, of the first and of the second model, not {names!r}; None for one of them takes that of its file")
     if folds < 2: raise ValueError(f"folds must be at least 2, not {folds}")
     if most < 100: raise ValueError(f"most must be at least 100 videos, not {most}")
     if second is not None and Path(first).exists() and Path(second).exists() and Path(first).samefile(second): raise ValueError(f"both files are {first}: a model compared with itself; give the second model's file, or this one alone if it holds both")

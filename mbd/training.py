@@ -453,7 +453,7 @@ def _check_answered(model, data):
     if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
     _check_views(model, data)
 
-def _check_given(model, data, settings, stage, distillation):
+def _check_given(model, data, settings, stage, distillation, validate):
     "Raise TypeError for arguments in each other's places, ValueError for data that are not for training this model."
     for name, value, kind in (("settings", settings, Training), ("stage", stage, str), ("distillation", distillation, (Distillation, type(None)))):
         if not isinstance(value, kind): raise TypeError(f"{name} is a {type(value).__name__}; the order is train(model, data, settings, stage, distillation), or give it by name")
@@ -461,6 +461,7 @@ def _check_given(model, data, settings, stage, distillation):
     labels = getattr(data, "labels", None)
     if labels is not None and (most := int(labels.max())) >= len(model.classes): raise ValueError(f"label {most} is none of the model's {len(model.classes)} classes, which are counted from 0")
     _check_views(model, data)
+    if validate is not None: _check_answered(model, validate)
 
 # %% ../nbs/13_training.ipynb #26d882bb
 def train(
@@ -478,8 +479,7 @@ def train(
 ) -> list: # the rows that were logged
     """One stage of training, in every process that was launched. Raises ValueError if there is no map to teach by or the data are not for this model, FloatingPointError where too many
     steps in a row are not finite, CheckpointError where a checkpoint is of another stage, and Stopped after a signal to stop, when it has saved."""
-    _check_given(model, data, settings, stage, distillation)
-    if validate is not None: _check_answered(model, validate)
+    _check_given(model, data, settings, stage, distillation, validate)
     rank, world = devices.processes()
     each_epoch = _steps_an_epoch(data, settings, world); steps = settings.epochs*each_epoch
     if distillation is not None and distillation.arm == "none": distillation = None
