@@ -453,7 +453,7 @@ def _check_answered(model, data):
     if data.train: raise ValueError("predictions are made from fixed cuts: build the ClipDataset with train=False")
     _check_views(model, data)
 
-def _check_given(model, data, settings, stage, distillation, validate):
+def _check_given(model, data, settings, stage, distillation, validate=None):
     "Raise TypeError for arguments in each other's places, ValueError for data that are not for training this model."
     for name, value, kind in (("settings", settings, Training), ("stage", stage, str), ("distillation", distillation, (Distillation, type(None)))):
         if not isinstance(value, kind): raise TypeError(f"{name} is a {type(value).__name__}; the order is train(model, data, settings, stage, distillation), or give it by name")
