@@ -32,7 +32,8 @@ def _checked(probabilities, labels):
         raise ValueError(f"labels go from {y.min()} to {y.max()}, but there are {p.shape[1]} classes")
     if not np.isfinite(p).all():
         raise ValueError(f"probabilities of {int((~np.isfinite(p)).any(1).sum())} of {len(p)} videos are not finite")
-    if p.min() < -1e-6 or np.abs(p.sum(1) - 1).max() > 1e-2:      # of bfloat16 they do so to two or three digits
+    tolerance = 1e-2 if getattr(probabilities, "dtype", None) == torch.bfloat16 else 1e-3      # it has two to three digits
+    if p.min() < -1e-6 or np.abs(p.sum(1) - 1).max() > tolerance:
         raise ValueError("rows are not probabilities: they must be at least 0 and sum to 1 (are these logits?)")
     return p, y
 

@@ -543,7 +543,7 @@ def cross_fit(
     if isinstance(make, nn.Module): raise TypeError(f"make is a fusion; give what makes one: {type(make).__name__}, or lambda: {type(make).__name__}(...)")
     labels = torch.as_tensor(labels)
     if not len(first) == len(second) == len(labels): raise ValueError(f"{len(first)} and {len(second)} answers for {len(labels)} labels; give the same videos")
-    names, labels = np.asarray(source_names(sources)), torch.as_tensor(labels)
+    names = np.asarray(source_names(sources))
     fold = source_folds(labels, names, min(folds, max(2, len(set(names.tolist())))), seed).to(first.device)
     parts, rows = [], []
     for f in fold.unique():
